@@ -1,0 +1,63 @@
+"""Three backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `triton` (kernels)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreter_is_on() -> bool:
+    """True when Triton kernels run in its interpreter, on CPU tensors. Set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(name: str, pred: torch.Tensor) -> str:
+    """The backend that computes the loss of `pred`.
+
+    "auto": the reference for float64, Triton on a CUDA or ROCm device where triton is installed, else torch.
+
+    Raises:
+        ValueError: unknown name, or Triton asked for where it cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    if name == "auto":
+        if pred.dtype == torch.float64:
+            return "reference"
+        return "triton" if pred.device.type == "cuda" and triton_is_installed() else "torch"
+    if name == "triton":
+        if not triton_is_installed():
+            raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'")
+        if pred.device.type != "cuda" and not interpreter_is_on():
+            raise ValueError(
+                f"backend='triton' needs a CUDA or ROCm tensor, and pred is on {pred.device}: use backend='torch' "
+                "(or set TRITON_INTERPRET=1 before triton is imported, to run the kernels slowly on the CPU)"
+            )
+    return name
+
+
+def implementation(name: str) -> Callable[..., Any]:
+    """`loss(inputs, config, return_stats) -> (loss, stats)` of a backend that `choose` returned."""
+    if name == "triton":
+        from masked_loss_triton.backends import fused
+
+        return fused.loss
+    if name == "torch":
+        from masked_loss_triton.backends import closed_form
+
+        return closed_form.loss
+    from masked_loss_triton.backends import reference
+
+    return reference.loss

@@ -1,0 +1,54 @@
+"""The loss as its formulas say it, differentiated by autograd: what every other backend is compared with.
+
+    e = rho(pred - target);   loss = sum_b s_b sum(w e) + sum_b r_b sum(v e')
+
+Float64 when pred is float64, else float32. Differentiable in everything that is a tensor. Uses as much memory as it likes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from masked_loss_triton import weights
+from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.inputs import LossInputs
+from masked_loss_triton.reduction import loss_factors
+from masked_loss_triton.stats import MaskedLossStats
+
+
+def elementwise_error(difference: torch.Tensor, config: MaskedLossConfig) -> torch.Tensor:
+    """Stage 8: rho(p - t), of the shape of the difference."""
+    zero = torch.zeros_like(difference)
+    if config.loss_type == "mse":
+        return difference**2
+    if config.loss_type == "huber":
+        return torch.nn.functional.huber_loss(difference, zero, reduction="none", delta=config.loss_delta)
+    if config.loss_type == "smooth_l1":
+        return torch.nn.functional.smooth_l1_loss(difference, zero, reduction="none", beta=config.loss_delta)
+    return difference.abs()
+
+
+def loss(
+    inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
+) -> tuple[torch.Tensor, MaskedLossStats | None]:
+    """The loss, 0-d, and the stats if asked for."""
+    dtype = torch.float64 if inputs.pred.dtype == torch.float64 else torch.float32
+    pred = inputs.pred.to(dtype)
+    target = inputs.target.to(dtype)
+    if inputs.latents is not None:
+        target = inputs.flow_sign * (target - inputs.latents.to(dtype))
+
+    raw, w, v = weights.call_weights(inputs, config, dtype)
+    sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
+    s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
+
+    def term(factor: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        error = elementwise_error(pred - other, config)
+        return (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1) * error).sum()
+
+    target_term = term(s, w, target)
+    prior_term = torch.zeros_like(target_term)
+    if inputs.prior is not None:
+        prior_term = term(r, v, inputs.prior.to(dtype))
+    stats = MaskedLossStats.from_weights(target_term, prior_term, raw, w, v) if return_stats else None
+    return target_term + prior_term, stats

@@ -1,0 +1,174 @@
+"""The options of the masked loss: one frozen, validated object that every backend reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+RESAMPLE_MODES = ("area", "bilinear", "nearest", "nearest-exact", "bicubic")
+FLOORS = ("affine", "clamp")
+NORMALIZATIONS = ("weighted_mean", "mean_one", "mean")
+LOSS_TYPES = ("mse", "huber", "smooth_l1", "l1")
+PRESETS = ("sd-scripts", "simpletuner", "ai-toolkit", "onetrainer", "diffusion-pipe", "blissful")
+
+
+def _number(field: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{field} must be a number {expected}, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number {expected}, got {value!r}")
+    return float(value)
+
+
+def _choice(field: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _flag(field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{field} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLossConfig:
+    """How a mask becomes weights, and how weighted errors become one number.
+
+    The fields are listed in the order in which the loss applies them.
+
+    Args:
+        resample: how the mask is brought to the size of the loss: "area" (adaptive average), "bilinear", "nearest",
+            "nearest-exact" or "bicubic" (clamped to [0, 1]), as `torch.nn.functional.interpolate` defines them, without
+            antialiasing. Frames: as they are, one mask repeated over all frames, or averaged by area.
+        binarize: None, or a threshold in [0, 1): the mask becomes 1 where it is above the threshold and 0 elsewhere.
+        invert: weight what the mask leaves out.
+        blur_kernel_size: 0 (off) or the odd width, in loss positions, of a Gaussian over height and width.
+        gamma: the mask is raised to this power, > 0. Below 1 lifts grey values, above 1 lowers them.
+        min_weight: floor of the weights, in [0, 1).
+        floor: "affine": m (1 - u) + u; "clamp": max(m, u).
+        prior_threshold: None: the prior covers 1 - w. A threshold in [0, 1]: the prior covers the positions whose
+            (inverted, not blurred) mask is below it, and the target gives them up.
+        prior_weight: factor of the prior term, >= 0; one number, or one per sample with `per_sample`.
+        loss_type: "mse", "huber", "smooth_l1" or "l1", as torch defines them.
+        loss_delta: `delta` of huber, `beta` of smooth_l1; > 0.
+        normalization: "weighted_mean" sum(w e) / (sum(w) + eps); "mean_one" mean(w / (mean(w) + eps) e), the same
+            number up to eps; "mean" mean(w e).
+        per_sample: normalise within each sample, then average over samples. A sample without weight contributes 0.
+        area_scale_beta: the target term is multiplied by (mean of the mask, inverted, not blurred) ** beta; >= 0.
+        eps: added to denominators, > 0.
+
+    Raises:
+        ValueError, TypeError: when the config is built, naming the field, the value and what is accepted.
+    """
+
+    resample: str = "area"
+    binarize: float | None = None
+    invert: bool = False
+    blur_kernel_size: int = 0
+    gamma: float = 1.0
+    min_weight: float = 0.0
+    floor: str = "affine"
+    prior_threshold: float | None = None
+    prior_weight: float | tuple[float, ...] = 0.5
+    loss_type: str = "mse"
+    loss_delta: float = 1.0
+    normalization: str = "weighted_mean"
+    per_sample: bool = False
+    area_scale_beta: float = 0.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _choice("resample", self.resample, RESAMPLE_MODES)
+        _choice("floor", self.floor, FLOORS)
+        _choice("loss_type", self.loss_type, LOSS_TYPES)
+        _choice("normalization", self.normalization, NORMALIZATIONS)
+        _flag("invert", self.invert)
+        _flag("per_sample", self.per_sample)
+        self._bounded("binarize", "in [0, 1), or None", lambda x: 0 <= x < 1, optional=True)
+        self._bounded("gamma", "> 0", lambda x: x > 0)
+        self._bounded("min_weight", "in [0, 1)", lambda x: 0 <= x < 1)
+        self._bounded("prior_threshold", "in [0, 1], or None", lambda x: 0 <= x <= 1, optional=True)
+        self._bounded("loss_delta", "> 0", lambda x: x > 0)
+        self._bounded("area_scale_beta", ">= 0", lambda x: x >= 0)
+        self._bounded("eps", "> 0", lambda x: x > 0)
+        self._check_blur()
+        self._check_prior_weight()
+
+    def _bounded(self, field: str, expected: str, accepts: Any, optional: bool = False) -> None:
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        number = _number(field, value, expected)
+        if not accepts(number):
+            raise ValueError(f"{field} must be {expected}, got {value!r}")
+        object.__setattr__(self, field, number)
+
+    def _check_blur(self) -> None:
+        size = self.blur_kernel_size
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"blur_kernel_size must be 0 or an odd integer, got {size!r} ({type(size).__name__})")
+        if size < 0 or (size > 0 and size % 2 == 0):
+            raise ValueError(f"blur_kernel_size must be 0 (off) or an odd integer >= 1, got {size!r}")
+
+    def _check_prior_weight(self) -> None:
+        if isinstance(self.prior_weight, Sequence) and not isinstance(self.prior_weight, str):
+            weights = tuple(_number("prior_weight", value, ">= 0") for value in self.prior_weight)
+            if not self.per_sample:
+                raise ValueError(
+                    f"prior_weight has one value per sample ({len(weights)}), which needs per_sample=True: "
+                    "set per_sample=True or give one number"
+                )
+            object.__setattr__(self, "prior_weight", weights)
+        else:
+            weights = (_number("prior_weight", self.prior_weight, ">= 0, or a sequence of them"),)
+            object.__setattr__(self, "prior_weight", weights[0])
+        if not weights or min(weights) < 0:
+            raise ValueError(f"prior_weight must be >= 0, got {self.prior_weight!r}")
+
+    def replace(self, **changes: Any) -> MaskedLossConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, in order: for JSON, metadata and logs. `MaskedLossConfig(**d)` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MaskedLossConfig:
+        """The masked loss of another trainer, as a config; keyword arguments change single fields.
+
+        Each reproduces the loss that the trainer computes from its mask. None reproduces a trainer's faults, its dtype
+        (everything here is float32) or what it does to the mask file before the loss.
+
+        - "sd-scripts": area, plain mean: the loss shrinks with the masked area. Not reproduced: per-image `loss_weights`
+          and the min-SNR factor (pass them as `weighting`).
+        - "simpletuner": its `mask` conditioning type: area, plain mean. For the `segmentation` type add `binarize=0.0`, which
+          grows the mask by up to a whole latent cell, as it does there; its probability is `mask_gate`. Not reproduced:
+          its video masks, which fail there.
+        - "ai-toolkit": nearest, divided by the mean of the whole batch. Its `mask_min_value` is `min_weight`; its inverted
+          prior is `prior` with weight 0.5. Not reproduced: bfloat16 weights, the bicubic prior mask that leaves [0, 1] and
+          takes sample 0 for the whole batch, NaN for an empty mask, zeros for a missing mask, random blur while loading.
+        - "onetrainer": bilinear (not antialiased here), `max(m, 0.1)`, plain mean; set `per_sample=True,
+          normalization="mean_one"` for its normalize_masked_area_loss. Its masked_prior_preservation_weight is
+          `prior_weight`, 0 by default. Not reproduced: per-column normalisation of 5-D masks, NaN for full masks.
+        - "diffusion-pipe": nearest-exact, plain mean. Not reproduced: fp16 masks; its LTX variant (use "mean_one").
+        - "blissful": area, affine floor after gamma, weighted mean over the batch: the defaults of this class. Not
+          reproduced: `--mask_loss_scale`, which cancels out there.
+
+        Raises:
+            ValueError: for a name that is not a preset, listing those that are.
+        """
+        _choice("preset", name, PRESETS)
+        fields: dict[str, dict[str, Any]] = {
+            "sd-scripts": dict(normalization="mean"),
+            "simpletuner": dict(normalization="mean"),
+            "ai-toolkit": dict(resample="nearest", normalization="mean_one"),
+            "onetrainer": dict(
+                resample="bilinear", normalization="mean", floor="clamp", min_weight=0.1, prior_weight=0.0
+            ),
+            "diffusion-pipe": dict(resample="nearest-exact", normalization="mean"),
+            "blissful": dict(),
+        }
+        return cls(**{**fields[name], **changes})

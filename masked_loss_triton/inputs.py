@@ -1,0 +1,300 @@
+"""One call of the loss, validated and brought to one form. Nothing here touches the device; no later layer validates again.
+
+Every tensor becomes a view, never a copy: pred, target and prior (B, C, F, H, W), the mask (B or 1, Fm, Hm, Wm), numbers per
+sample (B,).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masked_loss_triton.config import MaskedLossConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LAYOUTS = ("channels_first", "layered")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASK_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.bool)
+
+_PRED_SHAPES = {
+    "channels_first": "(B, C, F, H, W) or (B, C, H, W)",
+    "layered": "(B, L, C, H, W)",
+}
+_MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTarget:
+    """The target of flow matching, sign * (noise - latents), formed in float32 inside the loss instead of in memory.
+
+    Args:
+        noise, latents: of the shape of pred; float32, bfloat16, float16 or float64, not necessarily the same.
+        sign: +1 for noise - latents (HunyuanVideo, WAN, Qwen-Image), -1 for latents - noise.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sign not in (1, -1):
+            raise ValueError(f"FlowTarget.sign must be 1 (noise - latents) or -1 (latents - noise), got {self.sign!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """The tensors of one call as views of one form, and the numbers that go with them.
+
+    `target` is the target itself, or the noise when `latents` is given; then target = flow_sign * (target - latents).
+    """
+
+    pred: torch.Tensor  # (B, C, F, H, W)
+    target: torch.Tensor  # (B, C, F, H, W)
+    latents: torch.Tensor | None  # (B, C, F, H, W)
+    flow_sign: int
+    prior: torch.Tensor | None  # (B, C, F, H, W)
+    mask: torch.Tensor | None  # (B or 1, Fm, Hm, Wm)
+    weighting: torch.Tensor | None  # (B,)
+    prior_weight: torch.Tensor | float  # (B,), or one number
+    prior_gate: torch.Tensor | None  # (B,), bool or float
+    mask_gate: torch.Tensor | None  # (B,), bool
+    normalizer: tuple[Any, ...] | None  # one or two numbers or 0-d tensors
+    process_group: ProcessGroup | None
+
+    @property
+    def batch(self) -> int:
+        return self.pred.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.pred.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(F, H, W): the positions that carry a weight."""
+        return (self.pred.shape[2], self.pred.shape[3], self.pred.shape[4])
+
+    @property
+    def positions(self) -> int:
+        return self.pred.shape[2] * self.pred.shape[3] * self.pred.shape[4]
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _dtype(name: str, value: torch.Tensor, accepted: tuple[torch.dtype, ...], hint: str = "") -> None:
+    if value.dtype not in accepted:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        raise TypeError(f"{name} must be one of {names}, got {str(value.dtype).removeprefix('torch.')}{hint}")
+
+
+def _same_device(name: str, value: torch.Tensor, pred: torch.Tensor) -> None:
+    if value.device != pred.device:
+        raise ValueError(f"{name} is on {value.device} and pred on {pred.device}: move {name} to {pred.device}")
+
+
+def _canonical(value: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "layered":
+        return value.transpose(1, 2)
+    return value.unsqueeze(2) if value.dim() == 4 else value
+
+
+def _like_pred(name: str, value: Any, pred: torch.Tensor, layout: str) -> torch.Tensor:
+    tensor = _tensor(name, value)
+    if tensor.shape != pred.shape:
+        raise ValueError(f"{name} must have the shape of pred, {tuple(pred.shape)}, got {tuple(tensor.shape)}")
+    _dtype(name, tensor, FLOAT_DTYPES)
+    _same_device(name, tensor, pred)
+    return _canonical(tensor, layout)
+
+
+def canonical_mask(
+    mask: Any, shape: tuple[int, int, int, int], *, image: bool = False, layered: bool = False
+) -> torch.Tensor:
+    """A mask as a view (B or 1, Fm, Hm, Wm).
+
+    Args:
+        mask: see `masked_loss`.
+        shape: (B, F, H, W) of the loss.
+        image: pred has no frame axis, so the mask may have only one frame.
+        layered: the frame axis of the loss counts layers; a mask has one entry per layer, or one for all.
+
+    Raises:
+        TypeError, ValueError: naming the shape or dtype it got and those that are accepted.
+    """
+    mask = _tensor("mask", mask)
+    _dtype("mask", mask, MASK_DTYPES, hint=": use float in [0, 1], uint8 in [0, 255] or bool")
+    got = tuple(mask.shape)
+    if mask.dim() not in (3, 4, 5) or (mask.dim() == 5 and got[1] != 1):
+        raise ValueError(f"mask must be {_MASK_SHAPES}, got {got}")
+    if mask.dim() == 5:
+        mask = mask.squeeze(1)
+    elif mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    batch, frames = shape[0], shape[1]
+    if 0 in got:
+        raise ValueError(f"mask has no elements: its shape is {got}")
+    if mask.shape[0] not in (1, batch):
+        raise ValueError(f"mask must have batch size {batch} as pred, or 1, got {mask.shape[0]} in {got}")
+    if image and mask.shape[1] != 1:
+        raise ValueError(
+            f"mask has {mask.shape[1]} frames or channels in {got}, but pred is an image batch (B, C, H, W): "
+            "give one mask per image, (B, 1, Hm, Wm) or (B, Hm, Wm)"
+        )
+    if layered and mask.shape[1] not in (1, frames):
+        raise ValueError(
+            f"mask has {mask.shape[1]} layers in {got}, pred has {frames}: give one mask per layer, or one for all"
+        )
+    return mask
+
+
+def _per_sample(
+    name: str, value: Any, pred: torch.Tensor, batch: int, accepted: tuple[torch.dtype, ...]
+) -> torch.Tensor:
+    tensor = _tensor(name, value)
+    _dtype(name, tensor, accepted)
+    _same_device(name, tensor, pred)
+    shape = tuple(tensor.shape)
+    if tensor.numel() == 1:
+        return tensor.reshape(1).expand(batch)
+    if not shape or shape[0] != batch or tensor.numel() != batch:
+        raise ValueError(
+            f"{name} must hold one number per sample, ({batch},) or ({batch}, 1, ...), or a single number, got {shape}"
+        )
+    return tensor.reshape(batch)
+
+
+def _normalizer(value: Any, has_prior: bool, config: MaskedLossConfig, pred: torch.Tensor) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for item in values:
+        if isinstance(item, torch.Tensor):
+            if item.dim() != 0:
+                raise ValueError(
+                    f"normalizer must be a number or a 0-d tensor, got a tensor of shape {tuple(item.shape)}"
+                )
+            _same_device("normalizer", item, pred)
+        elif isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise TypeError(f"normalizer must be a number or a 0-d tensor, got {type(item).__name__}")
+        elif not item > 0:
+            raise ValueError(f"normalizer must be > 0, got {item!r}")
+    wanted = 2 if has_prior and not config.per_sample and config.normalization != "mean" else 1
+    if len(values) != wanted:
+        expected = "a pair (sum of target weights, sum of prior weights)" if wanted == 2 else "one number"
+        raise ValueError(f"normalizer must be {expected} for this call, got {len(values)} value(s)")
+    if config.area_scale_beta and not config.per_sample:
+        raise ValueError(
+            "normalizer with area_scale_beta would scale by the area of one micro-batch: set per_sample=True or area_scale_beta=0"
+        )
+    return values
+
+
+def describe(
+    pred: Any,
+    target: Any,
+    mask: Any,
+    config: MaskedLossConfig,
+    *,
+    layout: str = "channels_first",
+    weighting: Any = None,
+    prior: Any = None,
+    prior_weight: Any = None,
+    prior_gate: Any = None,
+    mask_gate: Any = None,
+    normalizer: Any = None,
+    process_group: Any = None,
+) -> LossInputs:
+    """Validates one call of `masked_loss` and returns it in one form. See there for the arguments."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    _tensor("pred", pred)
+    if pred.dim() != 5 and not (pred.dim() == 4 and layout == "channels_first"):
+        raise ValueError(f"pred must be {_PRED_SHAPES[layout]} with layout={layout!r}, got {tuple(pred.shape)}")
+    if 0 in pred.shape:
+        raise ValueError(f"pred has no elements: its shape is {tuple(pred.shape)}")
+    _dtype("pred", pred, FLOAT_DTYPES)
+    canonical_pred = _canonical(pred, layout)
+    batch, _, frames, height, width = canonical_pred.shape
+
+    latents, flow_sign = None, 1
+    if isinstance(target, FlowTarget):
+        latents = _like_pred("target.latents", target.latents, pred, layout)
+        canonical_target = _like_pred("target.noise", target.noise, pred, layout)
+        flow_sign = target.sign
+    else:
+        canonical_target = _like_pred("target", target, pred, layout)
+
+    canonical_prior = None if prior is None else _like_pred("prior", prior, pred, layout)
+    if mask is not None:
+        mask = canonical_mask(mask, (batch, frames, height, width), image=pred.dim() == 4, layered=layout == "layered")
+        _same_device("mask", mask, pred)
+    if weighting is not None:
+        weighting = _per_sample("weighting", weighting, pred, batch, FLOAT_DTYPES)
+    if prior_gate is not None:
+        prior_gate = _per_sample("prior_gate", prior_gate, pred, batch, (*FLOAT_DTYPES, torch.bool))
+        if prior is None:
+            raise ValueError(
+                "prior_gate was given without prior, and has nothing to gate: give prior=, or drop prior_gate"
+            )
+    if mask_gate is not None:
+        mask_gate = _per_sample("mask_gate", mask_gate, pred, batch, (torch.bool,))
+    return LossInputs(
+        pred=canonical_pred,
+        target=canonical_target,
+        latents=latents,
+        flow_sign=flow_sign,
+        prior=canonical_prior,
+        mask=mask,
+        weighting=weighting,
+        prior_weight=_prior_weight(prior_weight, config, pred, batch, prior is not None),
+        prior_gate=prior_gate,
+        mask_gate=mask_gate,
+        normalizer=None if normalizer is None else _normalizer(normalizer, prior is not None, config, pred),
+        process_group=process_group,
+    )
+
+
+def _prior_weight(
+    value: Any, config: MaskedLossConfig, pred: torch.Tensor, batch: int, has_prior: bool
+) -> torch.Tensor | float:
+    if value is None:
+        value = config.prior_weight
+    elif not has_prior:
+        raise ValueError("prior_weight was given without prior, and has no effect: give prior=, or drop prior_weight")
+    if isinstance(value, torch.Tensor):
+        if not config.per_sample and value.numel() != 1:
+            raise ValueError("prior_weight with one value per sample needs a config with per_sample=True")
+        return _per_sample("prior_weight", value, pred, batch, FLOAT_DTYPES)
+    checked = MaskedLossConfig(prior_weight=value, per_sample=config.per_sample).prior_weight
+    if isinstance(checked, tuple):
+        if not has_prior:
+            return 0.0
+        if len(checked) != batch:
+            raise ValueError(f"prior_weight has {len(checked)} values for a batch of {batch}: give one per sample")
+        return torch.tensor(checked, dtype=torch.float32, device=pred.device)
+    return checked
+
+
+def refuse_gradients(inputs: LossInputs) -> None:
+    """Raises when a gradient that the fused backends do not compute would silently be lost."""
+    if not torch.is_grad_enabled():
+        return
+    names = ("target", "latents", "prior", "mask", "weighting", "prior_weight", "prior_gate", "mask_gate")
+    for name in names:
+        value = getattr(inputs, name)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but this backend differentiates with respect to pred only: "
+                f"detach {name}, or use backend='reference'"
+            )
+    for value in inputs.normalizer or ():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise ValueError(
+                "normalizer requires grad, but it is a constant here: detach it, or use backend='reference'"
+            )

@@ -1,0 +1,169 @@
+"""The public loss: `masked_loss`, its module `MaskedLoss`, and `mask_weights`, the weights alone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masked_loss_triton import backends, weights
+from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.inputs import FlowTarget, canonical_mask, describe, refuse_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def masked_loss(
+    pred: torch.Tensor,
+    target: torch.Tensor | FlowTarget,
+    mask: torch.Tensor | None,
+    config: MaskedLossConfig | None = None,
+    *,
+    weighting: torch.Tensor | None = None,
+    prior: torch.Tensor | None = None,
+    prior_weight: torch.Tensor | float | None = None,
+    prior_gate: torch.Tensor | None = None,
+    mask_gate: torch.Tensor | None = None,
+    normalizer: Any = None,
+    process_group: ProcessGroup | None = None,
+    layout: str = "channels_first",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Any:
+    """The mask-weighted loss of a prediction.
+
+        loss = sum(w rho(pred - target)) / sum(w)  +  prior_weight * sum(v rho(pred - prior)) / sum(v)
+
+    with weights w and the prior's region v made from the mask as `MaskedLossConfig` says, both counted once per channel.
+
+    Example:
+        >>> import torch
+        >>> from masked_loss_triton import masked_loss
+        >>> pred = torch.zeros(1, 16, 1, 8, 8, requires_grad=True)
+        >>> mask = torch.zeros(1, 64, 64)
+        >>> mask[:, :32] = 1
+        >>> masked_loss(pred, torch.ones(1, 16, 1, 8, 8), mask).backward()
+        >>> pred.grad[0, 0, 0, :, 0].count_nonzero().item()
+        4
+
+    Args:
+        pred: (B, C, F, H, W) or (B, C, H, W), or (B, L, C, H, W) with layout="layered"; float32, bfloat16, float16 or float64.
+        target: of the shape of pred, or a `FlowTarget`; a floating dtype, not necessarily that of pred.
+        mask: (B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm) at any resolution, B may be 1; floating in
+            [0, 1], uint8 in [0, 255] or bool. None is a mask of ones. With layout="layered" its frames are the layers.
+        config: the options; the defaults of `MaskedLossConfig` when None.
+        weighting: (B,) or broadcastable per sample; a factor of the errors, of both terms.
+        prior: the teacher's prediction, of the shape of pred; without it there is no prior term.
+        prior_weight: replaces `config.prior_weight` for this call: a number, or (B,) with config.per_sample.
+        prior_gate: (B,) bool or floating in [0, 1]; multiplies the prior's region of each sample.
+        mask_gate: (B,) bool; a sample that is False has weight 1 everywhere and no prior.
+        normalizer: replaces the denominator, for gradient accumulation: sum(w) over all elements of the window (a pair with
+            sum(v) when there is a prior), the number of elements with normalization="mean", the number of samples with
+            per_sample. The losses of the micro-batches then add up to the loss of the whole; where the trainer averages
+            them, give the denominator divided by their number. A number or a 0-d tensor.
+        process_group: all-reduces the denominators over its ranks and multiplies by their number, so that the gradient
+            that data parallel training averages is exactly that of the whole batch.
+        layout: "channels_first" or "layered".
+        backend: "auto", "triton", "torch" or "reference".
+        return_stats: also return a `MaskedLossStats`.
+
+    Returns:
+        The loss, 0-d float32 (float64 from the reference for float64), or (loss, stats). 0 when nothing is weighted.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got, what it takes and what to do. On "triton" and "torch" also
+            when anything but pred requires grad, since that gradient is not computed.
+
+    Notes:
+        Accumulates in float32 whatever the dtypes, also under autocast. Does not synchronise, modifies no input, gives the
+        same bits from run to run on one device. NaN and Inf propagate. Differentiable once, in pred.
+    """
+    if config is None:
+        config = MaskedLossConfig()
+    elif not isinstance(config, MaskedLossConfig):
+        raise TypeError(f"config must be a MaskedLossConfig, got {type(config).__name__}")
+    inputs = describe(
+        pred,
+        target,
+        mask,
+        config,
+        layout=layout,
+        weighting=weighting,
+        prior=prior,
+        prior_weight=prior_weight,
+        prior_gate=prior_gate,
+        mask_gate=mask_gate,
+        normalizer=normalizer,
+        process_group=process_group,
+    )
+    name = backends.choose(backend, pred)
+    if name != "reference":
+        refuse_gradients(inputs)
+    with _without_autocast(pred.device.type):
+        loss, stats = backends.implementation(name)(inputs, config, return_stats)
+    return (loss, stats) if return_stats else loss
+
+
+def mask_weights(
+    mask: torch.Tensor | None,
+    config: MaskedLossConfig | None = None,
+    *,
+    shape: tuple[int, int, int, int],
+    prior_gate: torch.Tensor | None = None,
+    mask_gate: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of the target and of the prior's region, to inspect, plot or sum.
+
+    Args:
+        mask, config, prior_gate, mask_gate: as for `masked_loss`.
+        shape: (B, F, H, W) of the loss; F is 1 for images and the number of layers for layered images.
+
+    Returns:
+        (w, v), each (B, F, H, W) float32, on the mask's device: before any normalisation, once per position (a sum over the
+        elements of the loss is w.sum() times the number of channels).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it takes.
+    """
+    config = MaskedLossConfig() if config is None else config
+    if len(shape) != 4 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"shape must be (B, F, H, W) of positive integers, got {tuple(shape)}")
+    batch, *grid = shape
+    like = torch.empty(0) if mask is None else mask
+    if mask is not None:
+        mask = canonical_mask(mask, shape)
+    gates = [gate if gate is None else gate.expand(batch) for gate in (prior_gate, mask_gate)]
+    raw = weights.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
+    w, v = weights.target_and_prior_weights(raw, config, *gates)
+    return w.expand(shape), v.expand(shape)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class MaskedLoss(torch.nn.Module):
+    """`masked_loss` as a module: `MaskedLoss(config)` or `MaskedLoss(gamma=0.7, min_weight=0.05)`, then called the same way."""
+
+    def __init__(self, config: MaskedLossConfig | None = None, *, backend: str = "auto", **options: Any) -> None:
+        super().__init__()
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        if config is not None and options:
+            raise ValueError(f"give a config or options, not both; got a config and {', '.join(sorted(options))}")
+        self.config = MaskedLossConfig(**options) if config is None else config
+        self.backend = backend
+
+    def forward(
+        self, pred: torch.Tensor, target: torch.Tensor | FlowTarget, mask: torch.Tensor | None, **call: Any
+    ) -> Any:
+        return masked_loss(pred, target, mask, self.config, **{"backend": self.backend, **call})
+
+    def extra_repr(self) -> str:
+        default = MaskedLossConfig().to_dict()
+        changed = {name: value for name, value in self.config.to_dict().items() if value != default[name]}
+        return ", ".join([f"{name}={value!r}" for name, value in changed.items()] + [f"backend={self.backend!r}"])

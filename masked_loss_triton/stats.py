@@ -1,0 +1,52 @@
+"""What a call of the loss can tell about itself, as 0-d tensors on the device: nothing waits until somebody reads one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class MaskedLossStats(NamedTuple):
+    """Each field is a 0-d tensor on the device of pred, float32 (float64 from the reference in float64), without gradient.
+
+    Means, minima and maxima are over the positions of the batch. "raw" is the mask at the size of the loss after inversion,
+    before blur and gamma; "target_weight" is w, "prior_weight" is v. Reading a value (`float(stats.loss)`) synchronises.
+    """
+
+    loss: torch.Tensor
+    target_term: torch.Tensor
+    prior_term: torch.Tensor
+    raw_mean: torch.Tensor
+    raw_min: torch.Tensor
+    raw_max: torch.Tensor
+    target_weight_mean: torch.Tensor
+    target_weight_min: torch.Tensor
+    target_weight_max: torch.Tensor
+    prior_weight_mean: torch.Tensor
+    prior_weight_min: torch.Tensor
+    prior_weight_max: torch.Tensor
+    overlap: torch.Tensor  # mean over the positions of min(w, v): how much both terms claim
+    prior_share: torch.Tensor  # prior_term / loss, 0 where the loss is 0
+
+    @classmethod
+    def from_weights(
+        cls,
+        target_term: torch.Tensor,
+        prior_term: torch.Tensor,
+        raw: torch.Tensor,
+        w: torch.Tensor,
+        v: torch.Tensor,
+    ) -> MaskedLossStats:
+        """From the two terms of the loss and the weights that made them, (B or 1, F, H, W) each."""
+        weights = [number for x in (raw, w, v) for number in (x.mean(), x.amin(), x.amax())]
+        return cls._from_terms(target_term, prior_term, [*weights, torch.minimum(w, v).mean()])
+
+    @classmethod
+    def _from_terms(
+        cls, target_term: torch.Tensor, prior_term: torch.Tensor, weights: list[torch.Tensor]
+    ) -> MaskedLossStats:
+        target_term, prior_term = target_term.detach(), prior_term.detach()
+        loss = target_term + prior_term
+        share = torch.where(loss == 0, torch.zeros_like(loss), prior_term / loss)
+        return cls(loss, target_term, prior_term, *(x.detach() for x in weights), share)

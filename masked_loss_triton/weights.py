@@ -1,0 +1,132 @@
+"""From a mask to weights, in plain torch: stages 0 to 7 of the loss, shared by the reference and the torch backend.
+
+    m = clamp(mask)  ->  resample  ->  binarize  ->  invert  ->  blur  ->  gamma  ->  floor  =  w;   v = the prior's region
+
+Runs in the dtype it is asked for, float32 or float64, and is differentiable. The Triton kernels are written anew from the same
+formulas (kernels/weights.py) and compared with this.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.inputs import LossInputs
+
+# Rounding must not create a region: float32 noise in 1 - w, divided by its own sum, would become a loss of order 1.
+SNAP = 1e-6
+
+
+def read(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Stage 0: any accepted mask as numbers in [0, 1] of `dtype`; NaN stays NaN."""
+    if mask.dtype == torch.uint8:
+        return mask.to(dtype) / 255
+    return mask.to(dtype).clamp(0, 1)
+
+
+def resample(mask: torch.Tensor, grid: tuple[int, int, int], mode: str) -> torch.Tensor:
+    """Stage 1: (B, Fm, Hm, Wm) to (B, F, H, W): space by `mode`, then time as it is, repeated, or averaged by area."""
+    frames, height, width = grid
+    if mask.shape[2:] != (height, width):
+        options = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+        mask = F.interpolate(mask, size=(height, width), mode=mode, **options)
+        if mode == "bicubic":
+            mask = mask.clamp(0, 1)  # its taps overshoot
+    if mask.shape[1] == frames:
+        return mask
+    if mask.shape[1] == 1:
+        return mask.expand(-1, frames, -1, -1)
+    return F.adaptive_avg_pool3d(mask.unsqueeze(1), (frames, height, width)).squeeze(1)
+
+
+def gaussian_taps(kernel_size: int) -> list[float]:
+    """The normalised taps of the blur: sigma = 0.3 ((k - 1) / 2 - 1) + 0.8, as OpenCV chooses it from a kernel size."""
+    sigma = 0.3 * ((kernel_size - 1) / 2 - 1) + 0.8
+    taps = [math.exp(-((i - kernel_size // 2) ** 2) / (2 * sigma**2)) for i in range(kernel_size)]
+    return [tap / math.fsum(taps) for tap in taps]
+
+
+def blur(mask: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """Stage 3: a Gaussian over height and width with replicated borders.
+
+    A sum of shifted slices and not a convolution: cuDNN would compute that in TF32.
+    """
+    radius = kernel_size // 2
+    _, _, height, width = mask.shape
+    taps = gaussian_taps(kernel_size)
+    rows = F.pad(mask, (0, 0, radius, radius), mode="replicate")
+    mask = sum((tap * rows[:, :, i : i + height] for i, tap in enumerate(taps)), torch.zeros_like(mask))
+    columns = F.pad(mask, (radius, radius, 0, 0), mode="replicate")
+    return sum((tap * columns[:, :, :, i : i + width] for i, tap in enumerate(taps)), torch.zeros_like(mask))
+
+
+def snap(mask: torch.Tensor) -> torch.Tensor:
+    """Values within 1e-6 of 0 or 1 become 0 or 1."""
+    mask = torch.where(mask <= SNAP, torch.zeros_like(mask), mask)
+    return torch.where(mask >= 1 - SNAP, torch.ones_like(mask), mask)
+
+
+def raw_mask(
+    mask: torch.Tensor | None,
+    grid: tuple[int, int, int],
+    config: MaskedLossConfig,
+    like: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Stages 0 to 2: the mask at the size of the loss, (B or 1, F, H, W), inverted if asked, not yet blurred."""
+    if mask is None:
+        return torch.ones((1, *grid), dtype=dtype, device=like.device)
+    m = resample(read(mask, dtype), grid, config.resample)
+    if config.binarize is not None:
+        # The threshold is one of float32 in every backend, also where the mask is float64.
+        m = (m.float() > config.binarize).to(dtype)
+    return 1 - m if config.invert else m
+
+
+def target_and_prior_weights(
+    raw: torch.Tensor,
+    config: MaskedLossConfig,
+    prior_gate: torch.Tensor | None,
+    mask_gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stages 3 to 7: (w, v) from the raw mask, each (B or 1, F, H, W); B as soon as there is a gate."""
+    w = snap(blur(raw, config.blur_kernel_size) if config.blur_kernel_size > 1 else raw)
+    if config.gamma != 1:
+        w = w**config.gamma
+    if config.floor == "affine":
+        w = w * (1 - config.min_weight) + config.min_weight
+    else:
+        w = w.clamp(min=config.min_weight)
+
+    if config.prior_threshold is None:
+        v = 1 - w
+    else:
+        v = (raw.float() < config.prior_threshold).to(w.dtype)
+    if prior_gate is not None:
+        v = v * prior_gate.to(w.dtype).view(-1, 1, 1, 1)
+    if config.prior_threshold is not None:
+        w = w * (1 - v)
+    v = torch.where(v < SNAP, torch.zeros_like(v), v)
+
+    if mask_gate is not None:
+        on = mask_gate.view(-1, 1, 1, 1)
+        w = torch.where(on, w, torch.ones_like(w))
+        v = torch.where(on, v, torch.zeros_like(v))
+    return w, v
+
+
+def call_weights(
+    inputs: LossInputs, config: MaskedLossConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(raw, w, v) of one call, each (B or 1, F, H, W). Without a prior the prior's region takes nothing from the target."""
+    raw = raw_mask(inputs.mask, inputs.grid, config, inputs.pred, dtype)
+    if inputs.prior is None:
+        config = config.replace(prior_threshold=None)
+    w, v = target_and_prior_weights(raw, config, inputs.prior_gate, inputs.mask_gate)
+    if inputs.mask_gate is not None:
+        # A sample whose mask is off counts as fully covered, also for area_scale_beta.
+        raw = torch.where(inputs.mask_gate.view(-1, 1, 1, 1), raw, torch.ones_like(raw))
+    return raw, w, v
