@@ -1,0 +1,223 @@
+"""Picture and mask files as arrays: one error line for each file that cannot be read.
+
+A mask comes from the picture's alpha channel, else from a mask file, else it is full weight or an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from masked_loss_triton.errors import UserError
+
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A decoded picture. Colours and alpha are apart, so that nothing downstream can premultiply them.
+
+    Attributes:
+        rgb: (H, W, 3) uint8, the stored colours, also where the picture is transparent.
+        alpha: (H, W) float32 in [0, 1], or None where the file has no transparency.
+        path: the file it came from.
+    """
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A mask in the pixels of the picture or of the mask file.
+
+    Attributes:
+        values: (H, W) float32 in [0, 1]; 1 is what is to be learned.
+        source: "alpha", "file" or "full".
+        path: the file the values came from; None for "full".
+    """
+
+    values: np.ndarray
+    source: str
+    path: Path | None
+
+
+def read_picture(path: str | os.PathLike[str], exif: bool = True) -> Picture:
+    """Decodes one picture: the first frame of an animation, 16 bits per channel brought to 8, CMYK to RGB.
+
+    Args:
+        path: any format Pillow reads.
+        exif: turn the picture upright as its EXIF orientation says. musubi-tuner, sd-scripts and diffusion-pipe do not.
+
+    Raises:
+        UserError: naming the file, for one that is missing, cut short, no picture, or too large to decode.
+    """
+    with open_image(path, exif) as image:
+        rgb, alpha = _rgb(image, path), _alpha(image)
+    return Picture(rgb, None if alpha is None else to_float(alpha), Path(path))
+
+
+def read_mask(
+    image_path: str | os.PathLike[str],
+    mask_path: str | os.PathLike[str] | None = None,
+    *,
+    use_alpha: bool = True,
+    require_mask: bool = False,
+    exif: bool = True,
+) -> Mask:
+    """The mask of a picture: its alpha channel, else the mask file, else full weight.
+
+    A mask file may be grey (1, 8 or 16 bits), RGB (its luma), palette or with alpha, where transparent counts as black.
+    It is returned in its own size: bring it to the picture's before the two are compared. An alpha channel that is
+    opaque everywhere says nothing about the subject and is passed over: screenshots often have one.
+
+    Args:
+        image_path: the picture.
+        mask_path: its mask file, or None.
+        use_alpha: whether the picture's transparency is its mask.
+        require_mask: a picture without either is an error instead of full weight.
+        exif: turn picture and mask upright, each by its own EXIF orientation.
+
+    Raises:
+        UserError: naming the file that cannot be read, or the picture that has no mask although `require_mask`.
+    """
+    with open_image(image_path, exif) as image:
+        width, height = image.size
+        alpha = _alpha(image) if use_alpha else None
+    if alpha is not None and not opaque(alpha):
+        return Mask(to_float(alpha), "alpha", Path(image_path))
+    if mask_path is not None:
+        return Mask(to_float(read_mask_file(mask_path, exif)), "file", Path(mask_path))
+    if require_mask:
+        wanted = "has no transparency and no mask file" if use_alpha else "has no mask file"
+        raise UserError(f"{image_path} {wanted}, and a mask is required: add one, or leave out require_mask")
+    return Mask(np.ones((height, width), np.float32), "full", None)
+
+
+def read_mask_file(path: str | os.PathLike[str], exif: bool = True) -> np.ndarray:
+    """A mask file as (H, W): uint8 where the file has at most 8 bits per channel, else float32 in [0, 1].
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    with open_image(path, exif) as image:
+        return _grey(image, path)
+
+
+def read_alpha(path: str | os.PathLike[str], exif: bool = True) -> np.ndarray | None:
+    """The alpha channel of a picture as (H, W) uint8 (float32 for a keyed 16-bit picture), or None where it has none.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    with open_image(path, exif) as image:
+        return _alpha(image)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a picture carries transparency: a channel, or a transparent palette entry or colour. Reads no pixels."""
+    return image.mode in ALPHA_MODES or "transparency" in image.info
+
+
+def opaque(alpha: np.ndarray) -> bool:
+    """Whether an alpha channel, uint8 or float32, hides nothing."""
+    return bool(alpha.min() >= (255 if alpha.dtype == np.uint8 else 1))
+
+
+def to_float(values: np.ndarray) -> np.ndarray:
+    """uint8 in [0, 255] to float32 in [0, 1]; float32 as it is."""
+    return values if values.dtype == np.float32 else values.astype(np.float32) / np.float32(255)
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Image.Image]:
+    """Opens a picture for decoding, turned upright when `exif`. Whatever a decoder raises becomes one UserError.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    try:
+        # A pipe or a device called x.png would block the program for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is not a file: remove it or give the path of a picture")
+        with Image.open(path) as image:
+            yield ImageOps.exif_transpose(image) if exif else image
+    except UserError:
+        raise
+    except Exception as error:
+        # Broken files make decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError, ...
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:
+    """The error line for a picture file that could not be opened or decoded."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist: correct the path or add the file")
+    if isinstance(error, PermissionError):
+        return UserError(f"{path} may not be read: change its permissions")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"{path} cannot be opened ({error.strerror}): replace or remove it")
+    try:
+        if os.path.getsize(path) == 0:
+            return UserError(f"{path} is empty (0 bytes): replace or remove it")
+    except OSError:
+        pass
+    if isinstance(error, Image.UnidentifiedImageError):
+        return UserError(f"{path} is not a picture in a known format, or is damaged: save it again or remove it")
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(f"{path} has more pixels than can be decoded safely: make it smaller")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path} is damaged and cannot be decoded ({reason}): save it again or remove it")
+
+
+def _rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        grey = np.rint(_high_depth(image, path) * 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode not in ("RGB", "RGBA") and has_alpha(image):
+        # Through RGBA: colours under transparent pixels are kept.
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        return np.ascontiguousarray(np.asarray(image)[..., :3])
+    return np.array(image.convert("RGB"))
+
+
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    if not has_alpha(image):
+        return None
+    if image.mode.startswith(("I", "F")):
+        key = image.info["transparency"]
+        return (np.asarray(image) != key).astype(np.float32)
+    if image.mode in ("RGBA", "LA", "RGBa", "La"):
+        return np.array(image.getchannel("A" if image.mode in ("RGBA", "LA") else "a"))
+    return np.array(image.convert("RGBA").getchannel("A"))
+
+
+def _grey(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        return _high_depth(image, path)
+    if has_alpha(image):
+        rgba = image.convert("RGBA")
+        luma = np.asarray(rgba.convert("RGB").convert("L"), np.uint16)
+        alpha = np.asarray(rgba.getchannel("A"), np.uint16)
+        return ((luma * alpha + 127) // 255).astype(np.uint8)
+    return np.array(image if image.mode == "L" else image.convert("L"))
+
+
+def _high_depth(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    """Modes I;16*, I and F as (H, W) float32 in [0, 1]."""
+    values = np.asarray(image).astype(np.float32)
+    if image.mode.startswith("I"):
+        values = values / np.float32(65535)
+    if not np.isfinite(values).all() or (values.size and (values.min() < 0 or values.max() > 1)):
+        kind = "between 0 and 65535" if image.mode.startswith("I") else "between 0 and 1"
+        raise UserError(f"{path}: values in mode {image.mode} must be {kind}: save it with 8 or 16 bits per channel")
+    return values
