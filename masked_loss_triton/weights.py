@@ -126,6 +126,8 @@ def call_weights(
     if inputs.prior is None:
         config = config.replace(prior_threshold=None)
     w, v = target_and_prior_weights(raw, config, inputs.prior_gate, inputs.mask_gate)
+    if inputs.prior is None:
+        v = torch.zeros_like(v)
     if inputs.mask_gate is not None:
         # A sample whose mask is off counts as fully covered, also for area_scale_beta.
         raw = torch.where(inputs.mask_gate.view(-1, 1, 1, 1), raw, torch.ones_like(raw))

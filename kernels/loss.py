@@ -1,0 +1,634 @@
+"""The loss and its gradient in one read of pred and target and one write of the gradient.
+
+    d = pred - target;  gradient = a rho'(d) + b rho'(pred - prior);  loss = sum(a rho(d)) + sum(b rho(pred - prior))
+
+with a = s w and b = r v: the weights times the factor of the sample, which holds every normalisation. The weights kernel
+(weights.py) has summed the weights before, so the factor is known before the first error, and the gradient is finished when it is
+written. The last program to finish adds the partial losses, always in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from masked_loss_triton.kernels.strides import common_divisor, position_stride, span
+from masked_loss_triton.kernels.weights import (
+    MIN_RAW,
+    SUM_OVERLAP,
+    SUM_RAW,
+    SUM_V,
+    SUM_W,
+    MaskWeights,
+    binarized_and_inverted,
+    read,
+    sample_gates,
+    smaller,
+    split_position,
+    stage_arguments,
+    target_and_prior_weight,
+)
+
+# Columns of the statistics, in the order of MaskedLossStats.
+STATS = 14
+
+# How the denominator is made; the value of the constexpr NORMALIZATION.
+WEIGHTED_MEAN = tl.constexpr(0)
+MEAN_ONE = tl.constexpr(1)
+MEAN = tl.constexpr(2)
+
+
+@triton.jit
+def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
+    """(rho(d), rho'(d)) as torch defines them."""
+    if LOSS_TYPE == "mse":
+        return d * d, 2.0 * d
+    elif LOSS_TYPE == "l1":
+        return tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    elif LOSS_TYPE == "huber":
+        slope = tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))
+        return slope * (d - 0.5 * slope), slope
+    else:
+        scaled = d / delta
+        slope = tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
+        return slope * (d - 0.5 * delta * slope), slope
+
+
+@triton.jit
+def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK_TILES: tl.constexpr):
+    """Sum of one plane of the partial sums: of sample b, or of the whole batch."""
+    start = PLANE * batch * tiles
+    count = batch * tiles
+    if PER_SAMPLE:
+        start += b * tiles
+        count = tiles
+    total = tl.zeros((BLOCK_TILES,), tl.float32)
+    for first in range(0, count, BLOCK_TILES):
+        index = first + tl.arange(0, BLOCK_TILES)
+        total += tl.load(partials_ptr + start + index, mask=index < count, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def factors(
+    partials_ptr,
+    factors_ptr,
+    weighting_ptr,
+    prior_weight_ptr,
+    prior_weight,
+    area_scale_beta,
+    eps,
+    b,
+    batch,
+    tiles,
+    channels,
+    positions,
+    HAS_FACTORS: tl.constexpr,
+    HAS_WEIGHTING: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+    HAS_PRIOR_WEIGHT: tl.constexpr,
+    HAS_AREA_SCALE: tl.constexpr,
+    NORMALIZATION: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """(s, r) of sample b: from the sums of the weights, or given where the denominators span more than this batch."""
+    if HAS_FACTORS:
+        return tl.load(factors_ptr + b), tl.load(factors_ptr + batch + b)
+    samples = 1.0
+    elements = channels * positions.to(tl.float32)
+    if PER_SAMPLE:
+        samples = samples * batch
+    else:
+        elements = elements * batch
+    if NORMALIZATION == MEAN:
+        w_denominator = elements
+    else:
+        sum_w = plane_sum(partials_ptr, b, tiles, batch, SUM_W, PER_SAMPLE, BLOCK_TILES)
+        w_denominator = channels * sum_w + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
+    s = 1.0 / (w_denominator * samples)
+    if HAS_AREA_SCALE:
+        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, PER_SAMPLE, BLOCK_TILES)
+        s = s * tl.exp2(area_scale_beta * tl.log2(sum_raw * channels / elements))
+    r = 0.0
+    if HAS_PRIOR:
+        if NORMALIZATION == MEAN:
+            v_denominator = elements
+        else:
+            sum_v = plane_sum(partials_ptr, b, tiles, batch, SUM_V, PER_SAMPLE, BLOCK_TILES)
+            v_denominator = channels * sum_v + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
+        if HAS_PRIOR_WEIGHT:
+            prior_weight = tl.load(prior_weight_ptr + b).to(tl.float32)
+        r = prior_weight / (v_denominator * samples)
+    if HAS_WEIGHTING:
+        weighting = tl.load(weighting_ptr + b).to(tl.float32)
+        s = s * weighting
+        r = r * weighting
+    return s, r
+
+
+@triton.jit
+def offsets_of(position, frame, row, column, stride_f, stride_h, stride_w, FLAT: tl.constexpr):
+    """Offsets of positions inside one channel; a tensor whose positions are one run needs no division."""
+    if FLAT:
+        return position * stride_w
+    return frame * stride_f + row * stride_h + column * stride_w
+
+
+@triton.jit
+def loss_kernel(
+    pred_ptr,
+    target_ptr,
+    latents_ptr,
+    prior_ptr,
+    gradient_ptr,
+    mask_ptr,
+    w_ptr,
+    v_ptr,
+    prior_gate_ptr,
+    mask_gate_ptr,
+    partials_ptr,
+    factors_ptr,  # (2, B) float32
+    weighting_ptr,  # (B,)
+    prior_weight_ptr,  # (B,)
+    grad_output_ptr,  # ()
+    terms_ptr,  # (2, programs) float32
+    loss_ptr,  # () float32
+    stats_ptr,  # (STATS,) float32
+    ticket_ptr,  # () int32
+    binarize,
+    gamma,
+    min_weight,
+    prior_threshold,
+    prior_weight,
+    area_scale_beta,
+    eps,
+    delta,
+    flow_sign,
+    batch,
+    channels,
+    frames,
+    height,
+    width,
+    tiles,
+    pred_stride_b,
+    pred_stride_c,
+    pred_stride_f,
+    pred_stride_h,
+    pred_stride_w,
+    target_stride_b,
+    target_stride_c,
+    target_stride_f,
+    target_stride_h,
+    target_stride_w,
+    latents_stride_b,
+    latents_stride_c,
+    latents_stride_f,
+    latents_stride_h,
+    latents_stride_w,
+    prior_stride_b,
+    prior_stride_c,
+    prior_stride_f,
+    prior_stride_h,
+    prior_stride_w,
+    gradient_stride_b,
+    gradient_stride_c,
+    gradient_stride_f,
+    gradient_stride_h,
+    gradient_stride_w,
+    mask_stride_b,
+    mask_stride_f,
+    mask_stride_h,
+    mask_stride_w,
+    HAS_LATENTS: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_W: tl.constexpr,
+    HAS_V: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    HAS_WEIGHTING: tl.constexpr,
+    HAS_PRIOR_WEIGHT: tl.constexpr,
+    HAS_AREA_SCALE: tl.constexpr,
+    HAS_GRAD_OUTPUT: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+    WRITE_LOSS: tl.constexpr,
+    WRITE_WEIGHT_STATS: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+    HAS_BINARIZE: tl.constexpr,
+    INVERT: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    CLAMP_FLOOR: tl.constexpr,
+    PRIOR_REGION: tl.constexpr,
+    HAS_PRIOR_GATE: tl.constexpr,
+    HAS_MASK_GATE: tl.constexpr,
+    NORMALIZATION: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    LOSS_TYPE: tl.constexpr,
+    FLAT: tl.constexpr,
+    MASK_FLAT: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNEL_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
+    b = tl.program_id(2)
+    # Every stride and the number of positions came divided by DIVISOR: multiplied back, the compiler knows what divides them
+    # and reads 128 bits at a time also where they are not multiples of 16.
+    positions = frames * height * width // DIVISOR * DIVISOR
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    frame, row, column = split_position(position, height, width)
+    position = position.to(OFFSET)
+    inside = position < positions
+
+    s, r = factors(
+        partials_ptr,
+        factors_ptr,
+        weighting_ptr,
+        prior_weight_ptr,
+        prior_weight,
+        area_scale_beta,
+        eps,
+        b,
+        batch,
+        tiles,
+        channels,
+        frames * height * width,
+        HAS_FACTORS,
+        HAS_WEIGHTING,
+        HAS_PRIOR,
+        HAS_PRIOR_WEIGHT,
+        HAS_AREA_SCALE,
+        NORMALIZATION,
+        PER_SAMPLE,
+        BLOCK_TILES,
+    )
+    if HAS_GRAD_OUTPUT:
+        grad_output = tl.load(grad_output_ptr).to(tl.float32)
+        s = s * grad_output
+        r = r * grad_output
+
+    long_b = b.to(tl.int64)
+    if HAS_W:
+        weight_offsets = long_b * positions + position
+        w = tl.load(w_ptr + weight_offsets, mask=inside, other=0.0)
+        v = tl.zeros_like(w)
+        if HAS_V:
+            v = tl.load(v_ptr + weight_offsets, mask=inside, other=0.0)
+    else:
+        if HAS_MASK:
+            mask_offsets = offsets_of(
+                position,
+                frame,
+                row,
+                column,
+                mask_stride_f * DIVISOR,
+                mask_stride_h * DIVISOR,
+                mask_stride_w,
+                MASK_FLAT,
+            )
+            m = tl.load(mask_ptr + long_b * (mask_stride_b * DIVISOR) + mask_offsets, mask=inside, other=0)
+            m = binarized_and_inverted(read(m, IS_UINT8), binarize, HAS_BINARIZE, INVERT)
+        else:
+            m = tl.full((1, BLOCK_P), 1.0, tl.float32)
+        prior_gate, mask_gate = sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE, HAS_MASK_GATE)
+        w, v = target_and_prior_weight(
+            m,
+            m,
+            prior_gate,
+            mask_gate,
+            gamma,
+            min_weight,
+            prior_threshold,
+            HAS_GAMMA,
+            CLAMP_FLOOR,
+            PRIOR_REGION,
+            HAS_MASK_GATE,
+        )
+    a = s * w
+    b_weight = r * v
+
+    target_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    prior_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    pred_offsets = long_b * (pred_stride_b * DIVISOR) + offsets_of(
+        position, frame, row, column, pred_stride_f * DIVISOR, pred_stride_h * DIVISOR, pred_stride_w, FLAT
+    )
+    target_offsets = long_b * (target_stride_b * DIVISOR) + offsets_of(
+        position, frame, row, column, target_stride_f * DIVISOR, target_stride_h * DIVISOR, target_stride_w, FLAT
+    )
+    first_channel = tl.program_id(1) * (CHANNEL_BLOCKS * BLOCK_C)
+    for step in range(CHANNEL_BLOCKS):
+        channel = first_channel + step * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        valid = inside & (channel < channels)
+        channel = channel.to(OFFSET)
+        p = tl.load(pred_ptr + pred_offsets + channel * (pred_stride_c * DIVISOR), mask=valid, other=0.0)
+        p = p.to(tl.float32)
+        t = tl.load(target_ptr + target_offsets + channel * (target_stride_c * DIVISOR), mask=valid, other=0.0)
+        t = t.to(tl.float32)
+        if HAS_LATENTS:
+            latents_offsets = long_b * (latents_stride_b * DIVISOR) + offsets_of(
+                position, frame, row, column, latents_stride_f * DIVISOR, latents_stride_h * DIVISOR, latents_stride_w, FLAT
+            )
+            x = tl.load(latents_ptr + latents_offsets + channel * (latents_stride_c * DIVISOR), mask=valid, other=0.0)
+            t = (t - x.to(tl.float32)) * flow_sign
+        error, slope = error_and_slope(p - t, delta, LOSS_TYPE)
+        target_sum += a * error
+        gradient = a * slope
+        if HAS_PRIOR:
+            prior_offsets = long_b * (prior_stride_b * DIVISOR) + offsets_of(
+                position, frame, row, column, prior_stride_f * DIVISOR, prior_stride_h * DIVISOR, prior_stride_w, FLAT
+            )
+            q = tl.load(prior_ptr + prior_offsets + channel * (prior_stride_c * DIVISOR), mask=valid, other=0.0)
+            error, slope = error_and_slope(p - q.to(tl.float32), delta, LOSS_TYPE)
+            prior_sum += b_weight * error
+            gradient += b_weight * slope
+        if WRITE_GRADIENT:
+            gradient_offsets = long_b * (gradient_stride_b * DIVISOR) + offsets_of(
+                position, frame, row, column, gradient_stride_f * DIVISOR, gradient_stride_h * DIVISOR, gradient_stride_w, FLAT
+            )
+            tl.store(
+                gradient_ptr + gradient_offsets + channel * (gradient_stride_c * DIVISOR),
+                gradient.to(gradient_ptr.dtype.element_ty),
+                mask=valid,
+            )
+
+    if WRITE_LOSS:
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(terms_ptr + program, tl.sum(tl.sum(target_sum, axis=1), axis=0))
+        tl.store(terms_ptr + programs + program, tl.sum(tl.sum(prior_sum, axis=1), axis=0))
+        # The barrier orders the stores of all threads before the release of the one that takes the ticket.
+        tl.debug_barrier()
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            target_term = sum_of(terms_ptr, programs)
+            prior_term = sum_of(terms_ptr + programs, programs)
+            loss = target_term + prior_term
+            tl.store(loss_ptr, loss)
+            tl.store(stats_ptr, loss)
+            tl.store(stats_ptr + 1, target_term)
+            tl.store(stats_ptr + 2, prior_term)
+            if WRITE_WEIGHT_STATS:
+                write_weight_stats(partials_ptr, stats_ptr, batch * tiles, batch * positions.to(tl.float32), BLOCK_TILES)
+                tl.store(stats_ptr + 13, tl.where(loss == 0.0, 0.0, prior_term / loss))
+
+
+@triton.jit
+def sum_of(values_ptr, count):
+    """Sum of `count` numbers that other programs have just written, in a fixed order."""
+    total = tl.zeros((512,), tl.float32)
+    for first in range(0, count, 512):
+        index = first + tl.arange(0, 512)
+        total += tl.load(values_ptr + index, mask=index < count, other=0.0, volatile=True)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def write_weight_stats(partials_ptr, stats_ptr, count, positions, BLOCK_TILES: tl.constexpr):
+    """Means, minima and maxima of the raw mask, w and v, and their overlap: columns 3 to 12 of the statistics."""
+    for plane in tl.static_range(10):
+        source_ptr = partials_ptr + plane * count
+        if plane < MIN_RAW:
+            result = tl.zeros((BLOCK_TILES,), tl.float32)
+            for first in range(0, count, BLOCK_TILES):
+                index = first + tl.arange(0, BLOCK_TILES)
+                result += tl.load(source_ptr + index, mask=index < count, other=0.0)
+            value = tl.sum(result, axis=0) / positions
+        else:
+            # Maxima are minima of the negated values: `smaller` keeps NaN.
+            sign = 1.0 - 2.0 * ((plane - MIN_RAW) % 2)
+            result = tl.full((BLOCK_TILES,), float("inf"), tl.float32)
+            for first in range(0, count, BLOCK_TILES):
+                index = first + tl.arange(0, BLOCK_TILES)
+                item = tl.load(source_ptr + index, mask=index < count, other=0.0)
+                result = smaller(result, tl.where(index < count, item * sign, float("inf")))
+            value = tl.reduce(result, 0, smaller) * sign
+        if plane == SUM_RAW:
+            column = 3
+        elif plane == SUM_W:
+            column = 6
+        elif plane == SUM_V:
+            column = 9
+        elif plane == SUM_OVERLAP:
+            column = 12
+        else:
+            column = 4 + (plane - MIN_RAW) // 2 * 3 + (plane - MIN_RAW) % 2
+        tl.store(stats_ptr + column, value)
+
+
+@triton.jit
+def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
+    """gradient *= grad_output, in place; where that is 1, as in every plain `loss.backward()`, one load and nothing else."""
+    grad_output = tl.load(grad_output_ptr).to(tl.float32)
+    if grad_output != 1.0:
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient_ptr + index, mask=index < count, other=0.0).to(tl.float32) * grad_output
+        tl.store(gradient_ptr + index, value.to(gradient_ptr.dtype.element_ty), mask=index < count)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossLaunch:
+    """Launch configuration of the loss kernel.
+
+    block_p, block_c: a thread holds 16 bytes of one channel (4 float32 or 8 halves: one 128-bit access), 4 warps lie along
+        the positions, and block_c channels are in flight per thread. Where channels are the innermost axis it is the other way.
+    channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
+        mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
+        comes from the second-level cache.
+    """
+
+    block_p: int
+    block_c: int
+    channel_blocks: int
+    num_warps: int = 4
+
+    @classmethod
+    def choose(
+        cls, batch: int, channels: int, positions: int, itemsize: int, channels_innermost: bool, multiprocessors: int
+    ) -> LossLaunch:
+        vector = 8 if itemsize == 2 else 4
+        if channels_innermost:
+            block_c = min(32, triton.next_power_of_2(channels))
+            block_p = max(16, 128 * 16 // block_c)
+        else:
+            block_p = 128 * vector
+            while block_p > 128 and block_p // 2 >= positions:
+                block_p //= 2
+            block_c = min(16 // vector, triton.next_power_of_2(channels))
+        all_blocks = triton.cdiv(channels, block_c)
+        programs = triton.cdiv(positions, block_p) * batch
+        # Two programs of four warps per multiprocessor keep 32 KB in flight there, twice what its memory latency needs.
+        groups = min(all_blocks, max(1, triton.cdiv(2 * multiprocessors, programs) if programs < multiprocessors else 1))
+        channel_blocks = triton.cdiv(all_blocks, groups)
+        return cls(block_p, block_c, channel_blocks)
+
+    def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
+        return (
+            triton.cdiv(positions, self.block_p),
+            triton.cdiv(channels, self.block_c * self.channel_blocks),
+            batch,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1  # the interpreter runs one program after the other
+
+
+NORMALIZATIONS = {"weighted_mean": WEIGHTED_MEAN.value, "mean_one": MEAN_ONE.value, "mean": MEAN.value}
+
+
+def launch_loss(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    latents: torch.Tensor | None,
+    prior: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    weights: MaskWeights,
+    config: Any,
+    *,
+    flow_sign: int,
+    weighting: torch.Tensor | None,
+    prior_weight: torch.Tensor | float,
+    prior_gate: torch.Tensor | None,
+    mask_gate: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    grad_output: torch.Tensor | None = None,
+    write_gradient: bool = True,
+    write_loss: bool = True,
+    stats: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One launch: (loss, stats, gradient); what was not asked for is an empty tensor.
+
+    Args:
+        pred, target, latents, prior: (B, C, F, H, W), any strides, any floating dtype.
+        mask, weights, prior_gate, mask_gate: what `launch_weights` took and gave.
+        factors: (2, B) float32, or None to make them from the sums in `weights`.
+        weighting, prior_weight: (B,) contiguous, or for the latter one number.
+        grad_output: 0-d; the gradient is multiplied by it before it is rounded to pred's dtype.
+
+    Returns:
+        loss: 0-d float32. stats: (STATS,) float32, only its first three without `stats`. gradient: as pred.
+    """
+    batch, channels, frames, height, width = pred.shape
+    positions = frames * height * width
+    device = pred.device
+    gradient = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
+    tensors = {"pred": pred, "target": target, "latents": latents, "prior": prior}
+    tensors["gradient"] = gradient if write_gradient else None
+    present = [tensor for tensor in tensors.values() if tensor is not None]
+    steps = [position_stride(tensor) for tensor in present]
+    flat = all(step is not None for step in steps)
+    direct_mask = mask if weights.w is None else None
+    mask_flat = direct_mask is not None and direct_mask.shape[1] == frames and position_stride(direct_mask) == 1
+    channels_innermost = channels > 1 and pred.stride(1) == 1 and positions > 1
+
+    numbers = [positions]
+    for tensor in present:
+        numbers += tensor.stride()[:2] if flat else tensor.stride()[:4]
+    if direct_mask is not None:
+        numbers += direct_mask.stride()[:1] if mask_flat else direct_mask.stride()[:3]
+    divisor = common_divisor(numbers, 16)
+    wide = max(span(tensor) for tensor in present) >= 2**31
+
+    strides: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        values = (0,) * 5 if tensor is None else tensor.stride()
+        step = values[4] if tensor is None or not flat else position_stride(tensor)
+        for axis, value in zip("bcfh", values, strict=False):
+            strides[f"{name}_stride_{axis}"] = value // divisor
+        strides[f"{name}_stride_w"] = step or 0
+    mask_strides = (0,) * 4 if direct_mask is None else direct_mask.stride()
+    per_batch = 0 if direct_mask is None or direct_mask.shape[0] == 1 else mask_strides[0]
+    per_frame = 0 if direct_mask is None or direct_mask.shape[1] == 1 else mask_strides[1]
+    strides |= dict(
+        mask_stride_b=per_batch // divisor,
+        mask_stride_f=per_frame // divisor,
+        mask_stride_h=mask_strides[2] // divisor,
+        mask_stride_w=1 if mask_flat else mask_strides[3],
+    )
+    launch = LossLaunch.choose(
+        batch, channels, positions, pred.element_size(), channels_innermost, _multiprocessors(device)
+    )
+    grid = launch.grid(batch, channels, positions)
+    programs = math.prod(grid)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    numbers_out = torch.empty(STATS, dtype=torch.float32, device=device)
+    terms = torch.empty((2, programs), dtype=torch.float32, device=device) if write_loss else None
+    per_sample_prior = prior_weight if isinstance(prior_weight, torch.Tensor) else None
+    tiles = weights.partials.shape[2]
+    loss_kernel[grid](
+        pred_ptr=pred,
+        target_ptr=target,
+        latents_ptr=latents,
+        prior_ptr=prior,
+        gradient_ptr=gradient,
+        mask_ptr=direct_mask,
+        w_ptr=weights.w,
+        v_ptr=weights.v,
+        partials_ptr=weights.partials,
+        factors_ptr=factors,
+        weighting_ptr=weighting,
+        prior_weight_ptr=per_sample_prior,
+        grad_output_ptr=grad_output,
+        terms_ptr=terms,
+        loss_ptr=loss,
+        stats_ptr=numbers_out,
+        ticket_ptr=weights.ticket,
+        prior_weight=0.0 if per_sample_prior is not None else prior_weight,
+        area_scale_beta=config.area_scale_beta,
+        eps=config.eps,
+        delta=config.loss_delta,
+        flow_sign=float(flow_sign),
+        batch=batch,
+        channels=channels,
+        frames=frames,
+        height=height,
+        width=width,
+        tiles=tiles,
+        **strides,
+        **stage_arguments(config, prior is not None, prior_gate, mask_gate),
+        HAS_LATENTS=latents is not None,
+        HAS_PRIOR=prior is not None,
+        HAS_MASK=direct_mask is not None,
+        HAS_W=weights.w is not None,
+        HAS_V=weights.v is not None,
+        HAS_FACTORS=factors is not None,
+        HAS_WEIGHTING=weighting is not None,
+        HAS_PRIOR_WEIGHT=per_sample_prior is not None,
+        HAS_AREA_SCALE=config.area_scale_beta != 0,
+        HAS_GRAD_OUTPUT=grad_output is not None,
+        WRITE_GRADIENT=write_gradient,
+        WRITE_LOSS=write_loss,
+        WRITE_WEIGHT_STATS=stats,
+        IS_UINT8=direct_mask is not None and direct_mask.dtype == torch.uint8,
+        NORMALIZATION=NORMALIZATIONS[config.normalization],
+        PER_SAMPLE=config.per_sample,
+        LOSS_TYPE=config.loss_type,
+        FLAT=flat,
+        MASK_FLAT=mask_flat,
+        DIVISOR=divisor,
+        OFFSET=tl.int64 if wide else tl.int32,
+        BLOCK_TILES=max(16, triton.next_power_of_2(min(1024, tiles * (1 if config.per_sample else batch)))),
+        BLOCK_C=launch.block_c,
+        CHANNEL_BLOCKS=launch.channel_blocks,
+        BLOCK_P=launch.block_p,
+        num_warps=launch.num_warps,
+    )
+    return loss, numbers_out, gradient
+
+
+def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
+    """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
+    block = 4096
+    count = gradient.numel()
+    scale_kernel[(triton.cdiv(count, block),)](gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=block, num_warps=4)

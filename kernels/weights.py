@@ -1,0 +1,648 @@
+"""From the mask to the weights of the target and of the prior's region, and their sums.
+
+    m = resample(clamp(mask));  m = [m > th];  m = 1 - m                    the raw mask, stages 0 to 2
+    w = floor(snap(blur(m)) ** gamma);  v = 1 - w  or  [m < th]             the weights, stages 3 to 7
+
+Three kernels share the helpers of this file. `resample_kernel` writes the raw mask, needed only under a blur, which looks at
+neighbours. `weights_kernel` makes the sums, and writes the weights where the loss kernel cannot make them again by itself from a
+mask on its own grid. The loss kernel (loss.py) otherwise calls `raw_on_grid` and `target_and_prior_weight` in registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Values within this of 0 or 1 become 0 or 1: rounding must not create a region (see the table in the design, stage "snap").
+SNAP = tl.constexpr(1e-6)
+
+# Planes of the partial sums. The last seven are written only when statistics are asked for.
+SUM_W = tl.constexpr(0)
+SUM_V = tl.constexpr(1)
+SUM_RAW = tl.constexpr(2)
+SUM_OVERLAP = tl.constexpr(3)
+MIN_RAW = tl.constexpr(4)  # then MAX_RAW, MIN_W, MAX_W, MIN_V, MAX_V
+PLANES = 3
+PLANES_WITH_STATS = 10
+
+# How the prior's region is made; also the value of the constexpr PRIOR_REGION.
+NO_PRIOR = tl.constexpr(0)
+COMPLEMENT = tl.constexpr(1)
+THRESHOLD = tl.constexpr(2)
+
+
+@triton.jit
+def read(value, IS_UINT8: tl.constexpr):
+    """Stage 0. `where` and not minimum / maximum: NaN passes through."""
+    value = value.to(tl.float32)
+    if IS_UINT8:
+        value = tl.math.div_rn(value, 255.0)
+    value = tl.where(value > 1.0, 1.0, value)
+    return tl.where(value < 0.0, 0.0, value)
+
+
+@triton.jit
+def area_window(index, size_in, size_out):
+    """The inputs that one output averages: start and count."""
+    start = index * size_in // size_out
+    end = ((index + 1) * size_in + size_out - 1) // size_out
+    return start, end - start
+
+
+@triton.jit
+def linear_window(index, size_in, size_out):
+    """First input and position t in [0, 1) behind it, in exact integer arithmetic: source = (index + 1/2) in / out - 1/2.
+
+    In float32 that formula is off by up to 1e-4 at a few thousand positions.
+    """
+    numerator = (2 * index + 1) * size_in - size_out
+    first = (numerator + 2 * size_out) // (2 * size_out) - 1  # rounds down also below 0, where // would round up
+    rest = numerator - first * 2 * size_out
+    return first, tl.math.div_rn(rest.to(tl.float32), (2 * size_out + 0 * index).to(tl.float32))
+
+
+@triton.jit
+def cubic_near(t):
+    """Keys' kernel with a = -0.75 for a distance in [0, 1]."""
+    return ((1.25 * t - 2.25) * t) * t + 1.0
+
+
+@triton.jit
+def cubic_far(t):
+    """Keys' kernel with a = -0.75 for a distance in [1, 2]."""
+    return ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+
+
+@triton.jit
+def tap(window_start, window_count, t, k, size_in, RESAMPLE: tl.constexpr):
+    """Index and coefficient of tap k on one axis. For "area" the coefficient is 1 inside the window and 0 outside."""
+    if RESAMPLE == "bilinear":
+        # Below the first centre and behind the last one the border counts alone.
+        index = tl.minimum(tl.maximum(window_start + k, 0), size_in - 1)
+        return index, tl.where(k == 0, 1.0 - t, t)
+    elif RESAMPLE == "bicubic":
+        index = tl.minimum(tl.maximum(window_start - 1 + k, 0), size_in - 1)
+        near = tl.where(k == 1, cubic_near(t), cubic_near(1.0 - t))
+        far = tl.where(k == 0, cubic_far(t + 1.0), cubic_far(2.0 - t))
+        return index, tl.where((k == 1) | (k == 2), near, far)
+    else:
+        inside = k < window_count
+        return tl.where(inside, window_start + k, 0), tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
+def axis_window(index, size_in, size_out, scale, RESAMPLE: tl.constexpr):
+    """Start, count and fraction of the taps of one spatial axis."""
+    if RESAMPLE == "nearest":
+        # torch multiplies by a rounded float32 scale, and so does this, to land on the same input.
+        start = (index.to(tl.float32) * scale).to(tl.int32)
+        return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
+    elif RESAMPLE == "nearest-exact":
+        start = ((index.to(tl.float32) + 0.5) * scale).to(tl.int32)
+        return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
+    elif RESAMPLE == "area":
+        start, count = area_window(index, size_in, size_out)
+        return start, count, 0.0 * index.to(tl.float32)
+    else:
+        start, t = linear_window(index, size_in, size_out)
+        return start, 1 + 0 * index, t
+
+
+@triton.jit
+def resampled(
+    mask_ptr,  # at the sample
+    frame,
+    row,
+    column,
+    valid,
+    frames,
+    height,
+    width,
+    mask_frames,
+    mask_height,
+    mask_width,
+    mask_stride_f,
+    mask_stride_h,
+    mask_stride_w,
+    taps_f,
+    taps_h,
+    taps_w,
+    scale_h,
+    scale_w,
+    RESAMPLE: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+):
+    """Stages 0 and 1: the mask at the positions of the loss. Each mask value is read once per position that averages it.
+
+    Rows, columns and frames are summed separately: the rounding error grows with each sum's own length.
+    """
+    f_start, f_count = area_window(frame, mask_frames, frames)
+    h_start, h_count, h_t = axis_window(row, mask_height, height, scale_h, RESAMPLE)
+    w_start, w_count, w_t = axis_window(column, mask_width, width, scale_w, RESAMPLE)
+    total = tl.zeros(frame.shape, tl.float32)
+    for kf in range(taps_f):
+        in_time = kf < f_count
+        of_frame = tl.zeros(frame.shape, tl.float32)
+        for kh in range(taps_h):
+            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, mask_height, RESAMPLE)
+            of_row = tl.zeros(frame.shape, tl.float32)
+            for kw in range(taps_w):
+                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, mask_width, RESAMPLE)
+                offsets = (
+                    (f_start + kf).to(tl.int64) * mask_stride_f
+                    + h_index.to(tl.int64) * mask_stride_h
+                    + w_index.to(tl.int64) * mask_stride_w
+                )
+                wanted = valid & in_time
+                if RESAMPLE == "area":
+                    wanted = wanted & (kh < h_count) & (kw < w_count)
+                value = read(tl.load(mask_ptr + offsets, mask=wanted, other=0), IS_UINT8)
+                if RESAMPLE == "bilinear" or RESAMPLE == "bicubic":
+                    value = value * w_coefficient
+                of_row += value
+            if RESAMPLE == "bilinear" or RESAMPLE == "bicubic":
+                of_row = of_row * h_coefficient
+            of_frame += of_row
+        if RESAMPLE == "bicubic":
+            of_frame = tl.where(of_frame > 1.0, 1.0, of_frame)
+            of_frame = tl.where(of_frame < 0.0, 0.0, of_frame)
+        total += of_frame
+    count = f_count
+    if RESAMPLE == "area":
+        count = count * h_count * w_count
+    return tl.math.div_rn(total, count.to(tl.float32))
+
+
+@triton.jit
+def binarized_and_inverted(m, binarize, HAS_BINARIZE: tl.constexpr, INVERT: tl.constexpr):
+    """The end of stage 1, and stage 2."""
+    if HAS_BINARIZE:
+        m = tl.where(m > binarize, 1.0, 0.0)
+    if INVERT:
+        m = 1.0 - m
+    return m
+
+
+@triton.jit
+def target_and_prior_weight(
+    raw,
+    blurred,
+    prior_gate,
+    mask_gate,
+    gamma,
+    min_weight,
+    prior_threshold,
+    HAS_GAMMA: tl.constexpr,
+    CLAMP_FLOOR: tl.constexpr,
+    PRIOR_REGION: tl.constexpr,
+    HAS_MASK_GATE: tl.constexpr,
+):
+    """Stages 4 to 7, the snap before them included: (w, v)."""
+    w = tl.where(blurred <= SNAP, 0.0, blurred)
+    w = tl.where(w >= 1.0 - SNAP, 1.0, w)
+    if HAS_GAMMA:
+        w = tl.exp2(gamma * tl.log2(w))  # log2(0) = -inf, whose exp2 is 0 again
+    if CLAMP_FLOOR:
+        w = tl.where(w < min_weight, min_weight, w)
+    else:
+        w = w * (1.0 - min_weight) + min_weight
+    v = tl.zeros_like(w)
+    if PRIOR_REGION == COMPLEMENT:
+        v = (1.0 - w) * prior_gate
+    elif PRIOR_REGION == THRESHOLD:
+        v = tl.where(raw < prior_threshold, 1.0, 0.0) * prior_gate
+        w = w * (1.0 - v)
+    v = tl.where(v < SNAP, 0.0, v)
+    if HAS_MASK_GATE:
+        w = tl.where(mask_gate, w, 1.0)
+        v = tl.where(mask_gate, v, 0.0)
+    return w, v
+
+
+@triton.jit
+def split_position(position, height, width):
+    """(frame, row, column) of a flat position."""
+    column = position % width
+    rest = position // width
+    return rest // height, rest % height, column
+
+
+@triton.jit
+def sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE: tl.constexpr, HAS_MASK_GATE: tl.constexpr):
+    """The two gates of sample b, 1.0 and True where there is none."""
+    prior_gate = 1.0
+    mask_gate = True
+    if HAS_PRIOR_GATE:
+        prior_gate = tl.load(prior_gate_ptr + b).to(tl.float32)
+    if HAS_MASK_GATE:
+        mask_gate = tl.load(mask_gate_ptr + b) != 0
+    return prior_gate, mask_gate
+
+
+@triton.jit
+def resample_kernel(
+    mask_ptr,
+    raw_ptr,  # (B or 1, F, H, W) float32, contiguous
+    binarize,
+    frames,
+    height,
+    width,
+    mask_frames,
+    mask_height,
+    mask_width,
+    mask_stride_b,
+    mask_stride_f,
+    mask_stride_h,
+    mask_stride_w,
+    taps_f,
+    taps_h,
+    taps_w,
+    scale_h,
+    scale_w,
+    RESAMPLE: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+    HAS_BINARIZE: tl.constexpr,
+    INVERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the raw mask, grid (tiles, B or 1)."""
+    b = tl.program_id(1).to(tl.int64)
+    positions = frames * height * width
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = position < positions
+    frame, row, column = split_position(position, height, width)
+    m = resampled(
+        mask_ptr + b * mask_stride_b,
+        frame,
+        row,
+        column,
+        valid,
+        frames,
+        height,
+        width,
+        mask_frames,
+        mask_height,
+        mask_width,
+        mask_stride_f,
+        mask_stride_h,
+        mask_stride_w,
+        taps_f,
+        taps_h,
+        taps_w,
+        scale_h,
+        scale_w,
+        RESAMPLE,
+        IS_UINT8,
+    )
+    m = binarized_and_inverted(m, binarize, HAS_BINARIZE, INVERT)
+    tl.store(raw_ptr + b * positions + position, m, mask=valid)
+
+
+@triton.jit
+def weights_kernel(
+    mask_ptr,  # the mask, or under a blur the raw mask
+    taps_ptr,  # (KERNEL_SIZE,) float32
+    prior_gate_ptr,  # (B,)
+    mask_gate_ptr,  # (B,) uint8
+    w_ptr,  # (B, F, H, W) float32, contiguous
+    v_ptr,  # (B, F, H, W) float32, contiguous
+    partials_ptr,  # (PLANES, B, TILES) float32
+    ticket_ptr,  # int32, set to 0 for the loss kernel that follows
+    binarize,
+    gamma,
+    min_weight,
+    prior_threshold,
+    frames,
+    height,
+    width,
+    mask_frames,
+    mask_height,
+    mask_width,
+    mask_stride_b,
+    mask_stride_f,
+    mask_stride_h,
+    mask_stride_w,
+    taps_f,
+    taps_h,
+    taps_w,
+    scale_h,
+    scale_w,
+    blocks_per_tile,
+    HAS_MASK: tl.constexpr,
+    RESAMPLE: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+    HAS_BINARIZE: tl.constexpr,
+    INVERT: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    CLAMP_FLOOR: tl.constexpr,
+    PRIOR_REGION: tl.constexpr,
+    HAS_PRIOR_GATE: tl.constexpr,
+    HAS_MASK_GATE: tl.constexpr,
+    WRITE_W: tl.constexpr,
+    WRITE_V: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B).
+
+    Sums over tiles are left to whoever reads them: a few dozen numbers, added in a fixed order, without atomics.
+    """
+    tile = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    if (tile == 0) & (b == 0):
+        tl.store(ticket_ptr, 0)
+    positions = frames * height * width
+    prior_gate, mask_gate = sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE, HAS_MASK_GATE)
+
+    sum_w = tl.zeros((BLOCK,), tl.float32)
+    sum_v = tl.zeros((BLOCK,), tl.float32)
+    sum_raw = tl.zeros((BLOCK,), tl.float32)
+    if STATS:
+        sum_overlap = tl.zeros((BLOCK,), tl.float32)
+        min_raw = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_raw = tl.full((BLOCK,), -float("inf"), tl.float32)
+        min_w = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_w = tl.full((BLOCK,), -float("inf"), tl.float32)
+        min_v = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_v = tl.full((BLOCK,), -float("inf"), tl.float32)
+
+    for step in range(blocks_per_tile):
+        position = (tile * blocks_per_tile + step) * BLOCK + tl.arange(0, BLOCK)
+        valid = position < positions
+        frame, row, column = split_position(position, height, width)
+        if HAS_MASK:
+            if KERNEL_SIZE > 1:
+                sample_ptr = mask_ptr + b * mask_stride_b
+                raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
+                blurred = tl.zeros((BLOCK,), tl.float32)
+                for kh in range(KERNEL_SIZE):
+                    tap_row = tl.minimum(tl.maximum(row + kh - KERNEL_SIZE // 2, 0), height - 1)
+                    of_row = tl.zeros((BLOCK,), tl.float32)
+                    for kw in range(KERNEL_SIZE):
+                        tap_column = tl.minimum(tl.maximum(column + kw - KERNEL_SIZE // 2, 0), width - 1)
+                        neighbour = (frame * height + tap_row) * width + tap_column
+                        of_row += tl.load(taps_ptr + kw) * tl.load(sample_ptr + neighbour, mask=valid, other=0.0)
+                    blurred += tl.load(taps_ptr + kh) * of_row
+            else:
+                raw = resampled(
+                    mask_ptr + b * mask_stride_b,
+                    frame,
+                    row,
+                    column,
+                    valid,
+                    frames,
+                    height,
+                    width,
+                    mask_frames,
+                    mask_height,
+                    mask_width,
+                    mask_stride_f,
+                    mask_stride_h,
+                    mask_stride_w,
+                    taps_f,
+                    taps_h,
+                    taps_w,
+                    scale_h,
+                    scale_w,
+                    RESAMPLE,
+                    IS_UINT8,
+                )
+                raw = binarized_and_inverted(raw, binarize, HAS_BINARIZE, INVERT)
+                blurred = raw
+        else:
+            raw = tl.full((BLOCK,), 1.0, tl.float32)
+            blurred = raw
+        w, v = target_and_prior_weight(
+            raw,
+            blurred,
+            prior_gate,
+            mask_gate,
+            gamma,
+            min_weight,
+            prior_threshold,
+            HAS_GAMMA,
+            CLAMP_FLOOR,
+            PRIOR_REGION,
+            HAS_MASK_GATE,
+        )
+        if HAS_MASK_GATE:
+            raw = tl.where(mask_gate, raw, 1.0)
+        if WRITE_W:
+            tl.store(w_ptr + b * positions + position, w, mask=valid)
+        if WRITE_V:
+            tl.store(v_ptr + b * positions + position, v, mask=valid)
+        sum_w += tl.where(valid, w, 0.0)
+        sum_v += tl.where(valid, v, 0.0)
+        sum_raw += tl.where(valid, raw, 0.0)
+        if STATS:
+            sum_overlap += tl.where(valid, tl.where(w < v, w, v), 0.0)
+            min_raw = smaller(min_raw, tl.where(valid, raw, float("inf")))
+            max_raw = -smaller(-max_raw, tl.where(valid, -raw, float("inf")))
+            min_w = smaller(min_w, tl.where(valid, w, float("inf")))
+            max_w = -smaller(-max_w, tl.where(valid, -w, float("inf")))
+            min_v = smaller(min_v, tl.where(valid, v, float("inf")))
+            max_v = -smaller(-max_v, tl.where(valid, -v, float("inf")))
+
+    tiles = tl.num_programs(0)
+    plane = tl.num_programs(1) * tiles
+    partial_ptr = partials_ptr + b * tiles + tile
+    tl.store(partial_ptr + SUM_W * plane, tl.sum(sum_w, axis=0))
+    tl.store(partial_ptr + SUM_V * plane, tl.sum(sum_v, axis=0))
+    tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0))
+    if STATS:
+        tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0))
+        tl.store(partial_ptr + MIN_RAW * plane, tl.reduce(min_raw, 0, smaller))
+        tl.store(partial_ptr + (MIN_RAW + 1) * plane, -tl.reduce(-max_raw, 0, smaller))
+        tl.store(partial_ptr + (MIN_RAW + 2) * plane, tl.reduce(min_w, 0, smaller))
+        tl.store(partial_ptr + (MIN_RAW + 3) * plane, -tl.reduce(-max_w, 0, smaller))
+        tl.store(partial_ptr + (MIN_RAW + 4) * plane, tl.reduce(min_v, 0, smaller))
+        tl.store(partial_ptr + (MIN_RAW + 5) * plane, -tl.reduce(-max_v, 0, smaller))
+
+
+@triton.jit
+def smaller(x, y):
+    """The smaller of two numbers, NaN if one is NaN: `minimum` would drop it."""
+    return tl.where((x < y) | (x != x), x, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsLaunch:
+    """Launch configuration of the weights kernel.
+
+    block: 512 positions on 4 warps: four per thread, so that a float32 mask on the grid is read 128 bits at a time.
+    tiles: programs per sample. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256 bytes
+        beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes.
+    """
+
+    block: int
+    tiles: int
+    blocks_per_tile: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, positions: int, batch: int) -> WeightsLaunch:
+        block = 512
+        blocks = triton.cdiv(positions, block)
+        tiles = min(blocks, max(1, 64 // batch))
+        blocks_per_tile = triton.cdiv(blocks, tiles)
+        return cls(block, triton.cdiv(blocks, blocks_per_tile), blocks_per_tile, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskWeights:
+    """What the loss kernel needs of the mask: partial sums, and either weight tensors or the mask itself."""
+
+    partials: torch.Tensor  # (PLANES or PLANES_WITH_STATS, B, tiles) float32
+    ticket: torch.Tensor  # () int32, 0 once the weights kernel ran
+    w: torch.Tensor | None  # (B, F, H, W) float32; None: the loss kernel makes it from the mask
+    v: torch.Tensor | None
+
+
+def on_grid(mask: torch.Tensor | None, grid: tuple[int, int, int], config: Any) -> bool:
+    """True when each position's weight depends on one mask value only, so that no weight tensor needs to exist."""
+    if mask is None:
+        return True
+    _, frames, height, width = mask.shape
+    return (height, width) == grid[1:] and frames in (1, grid[0]) and config.blur_kernel_size <= 1
+
+
+def stage_arguments(config: Any, has_prior: bool, prior_gate: Any, mask_gate: Any) -> dict[str, Any]:
+    """The arguments of stages 1 to 7 that the weights kernel and the loss kernel share."""
+    if not has_prior:
+        region = NO_PRIOR.value
+    elif config.prior_threshold is None:
+        region = COMPLEMENT.value
+    else:
+        region = THRESHOLD.value
+    return dict(
+        prior_gate_ptr=prior_gate,
+        mask_gate_ptr=mask_gate,
+        binarize=0.0 if config.binarize is None else config.binarize,
+        gamma=config.gamma,
+        min_weight=config.min_weight,
+        prior_threshold=config.prior_threshold or 0.0,
+        HAS_BINARIZE=config.binarize is not None,
+        INVERT=config.invert,
+        HAS_GAMMA=config.gamma != 1,
+        CLAMP_FLOOR=config.floor == "clamp",
+        PRIOR_REGION=region,
+        HAS_PRIOR_GATE=prior_gate is not None,
+        HAS_MASK_GATE=mask_gate is not None,
+    )
+
+
+def _resample_arguments(mask: torch.Tensor | None, grid: tuple[int, int, int], mode: str) -> dict[str, Any]:
+    if mask is None:
+        names = "mask_frames mask_height mask_width mask_stride_b mask_stride_f mask_stride_h mask_stride_w taps_f taps_h taps_w"
+        return dict.fromkeys(names.split(), 1) | dict(scale_h=1.0, scale_w=1.0, RESAMPLE="area", IS_UINT8=False)
+    frames, height, width = grid
+    _, mask_frames, mask_height, mask_width = mask.shape
+    if (mask_height, mask_width) == (height, width):
+        mode = "area"  # a window of one: the value itself, also beside a NaN
+    spatial = {"area": None, "nearest": 1, "nearest-exact": 1, "bilinear": 2, "bicubic": 4}[mode]
+    return dict(
+        mask_frames=mask_frames,
+        mask_height=mask_height,
+        mask_width=mask_width,
+        mask_stride_b=0 if mask.shape[0] == 1 else mask.stride(0),
+        mask_stride_f=mask.stride(1),
+        mask_stride_h=mask.stride(2),
+        mask_stride_w=mask.stride(3),
+        taps_f=_most_taps(mask_frames, frames),
+        taps_h=spatial or _most_taps(mask_height, height),
+        taps_w=spatial or _most_taps(mask_width, width),
+        scale_h=mask_height / height,
+        scale_w=mask_width / width,
+        RESAMPLE=mode,
+        IS_UINT8=mask.dtype == torch.uint8,
+    )
+
+
+@functools.cache
+def _most_taps(size_in: int, size_out: int) -> int:
+    """The longest window of an area average, in inputs."""
+    return max(-((i + 1) * size_in // -size_out) - i * size_in // size_out for i in range(size_out))
+
+
+@functools.lru_cache(maxsize=64)
+def _blur_taps(taps: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(taps, dtype=torch.float32, device=device)
+
+
+def launch_weights(
+    mask: torch.Tensor | None,
+    config: Any,
+    grid: tuple[int, int, int],
+    batch: int,
+    device: torch.device,
+    *,
+    blur_taps: tuple[float, ...],
+    has_prior: bool,
+    prior_gate: torch.Tensor | None,
+    mask_gate: torch.Tensor | None,
+    stats: bool = False,
+) -> MaskWeights:
+    """One launch, two under a blur: the sums of the weights, and the weights where the loss kernel cannot make them itself.
+
+    Args:
+        mask: (B or 1, Fm, Hm, Wm), floating or uint8 (bool viewed as uint8 is not one: give it as a float).
+        config: the fields of MaskedLossConfig that name the stages.
+        grid: (F, H, W) of the loss.
+        blur_taps: the `config.blur_kernel_size` taps of the Gaussian.
+        prior_gate, mask_gate: (B,), contiguous; the mask's as uint8.
+    """
+    frames, height, width = grid
+    positions = frames * height * width
+    launch = WeightsLaunch.choose(positions, batch)
+    write = not on_grid(mask, grid, config)
+    planes = PLANES_WITH_STATS if stats else PLANES
+    result = MaskWeights(
+        partials=torch.empty((planes, batch, launch.tiles), dtype=torch.float32, device=device),
+        ticket=torch.empty((), dtype=torch.int32, device=device),
+        w=torch.empty((batch, *grid), dtype=torch.float32, device=device) if write else None,
+        v=torch.empty((batch, *grid), dtype=torch.float32, device=device) if write and has_prior else None,
+    )
+    stages = stage_arguments(config, has_prior, prior_gate, mask_gate)
+    source, taps = mask, None
+    if mask is not None and config.blur_kernel_size > 1:
+        source = torch.empty((mask.shape[0], *grid), dtype=torch.float32, device=device)
+        resample_kernel[(triton.cdiv(positions, launch.block), mask.shape[0])](
+            mask_ptr=mask,
+            raw_ptr=source,
+            frames=frames,
+            height=height,
+            width=width,
+            **{name: stages[name] for name in ("binarize", "HAS_BINARIZE", "INVERT")},
+            **_resample_arguments(mask, grid, config.resample),
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
+        )
+        taps = _blur_taps(blur_taps, device)
+    weights_kernel[(launch.tiles, batch)](
+        mask_ptr=source,
+        taps_ptr=taps,
+        w_ptr=result.w,
+        v_ptr=result.v,
+        partials_ptr=result.partials,
+        ticket_ptr=result.ticket,
+        frames=frames,
+        height=height,
+        width=width,
+        blocks_per_tile=launch.blocks_per_tile,
+        **stages,
+        **_resample_arguments(source, grid, config.resample),
+        HAS_MASK=mask is not None,
+        KERNEL_SIZE=1 if taps is None else config.blur_kernel_size,
+        WRITE_W=result.w is not None,
+        WRITE_V=result.v is not None,
+        STATS=stats,
+        BLOCK=launch.block,
+        num_warps=launch.num_warps,
+    )
+    return result
