@@ -15,6 +15,7 @@ from masked_loss_triton.errors import UserError
 
 COMMANDS = {
     "demo": "masked_loss_triton.demo.command",
+    "cache": "masked_loss_triton.cache.command",
 }
 
 

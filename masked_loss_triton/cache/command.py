@@ -1,0 +1,80 @@
+"""`masked-loss cache`: mask weights into the latent caches of HunyuanVideo, WAN and Qwen-Image. No VAE runs."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "Add mask weights to existing latent caches, without encoding anything again."
+EXAMPLE = "masked-loss cache --dataset_config dataset.toml --arch wan --alpha_mask --mask_directory masks"
+MISSING_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from masked_loss_triton.cache.arguments import add_dataset_arguments
+
+    add_dataset_arguments(parser)
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
+    parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
+    parser.add_argument("--remove", action="store_true", help="take weights and their metadata out of the caches")
+
+
+def run(args: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from masked_loss_triton.cache.arguments import datasets_from
+    from masked_loss_triton.cache.dataset_config import ARCHITECTURES
+    from masked_loss_triton.cache.inject import (
+        Outcome,
+        default_workers,
+        inject,
+        prepare,
+        remove_weights,
+        run_parallel,
+    )
+    from masked_loss_triton.cache.progress import Progress
+    from masked_loss_triton.errors import UserError
+
+    if args.workers < 0:
+        raise UserError(f"--workers must be 1 or more, got {args.workers}", 2)
+    architecture = ARCHITECTURES[args.arch]
+    prepared = [prepare(dataset, architecture) for dataset in datasets_from(args, need_source=not args.remove)]
+    if not any(one.items for one in prepared):
+        folders = ", ".join(str(one.dataset.cache_directory) for one in prepared)
+        raise UserError(f"no {args.arch} latent caches in {folders}: run the trainer's caching script first")
+    jobs = ((one, job) for one in prepared for job in one.jobs())
+
+    def work(job):
+        one, items = job
+        if args.remove:
+            return [remove_weights(item, args.dry_run) for item in items]
+        return inject(one, items, dtype=args.dtype, dry_run=args.dry_run, force=args.force)
+
+    statuses: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    missing: list[str] = []
+
+    def report(outcome: Outcome, progress: Progress) -> None:
+        statuses[outcome.status] += 1
+        if outcome.source:
+            sources[outcome.source] += 1
+        if outcome.source == "full" and len(missing) < MISSING_SHOWN:
+            missing.append(outcome.item.stem)
+        if outcome.message:
+            progress.say(f"masked-loss cache: {outcome.message}")
+
+    with Progress("masks", sum(len(one.items) for one in prepared)) as progress:
+        for outcomes in run_parallel(work, jobs, args.workers or default_workers()):
+            for outcome in outcomes:
+                report(outcome, progress)
+            progress.advance(len(outcomes))
+    names = {"written": "masks written", "unchanged": "up to date", "removed": "masks removed", "problem": "problems"}
+    counts = ", ".join(f"{statuses[key]} {name}" for key, name in names.items() if statuses[key])
+    print(f"{'Dry run, nothing changed: ' if args.dry_run else ''}{counts} ({progress.rate:.1f} images/s)")
+    if sources:
+        print("Masks from: " + ", ".join(f"{source} {count}" for source, count in sorted(sources.items())))
+    if missing:
+        more = sources["full"] - len(missing)
+        print(f"Full weight, no mask: {', '.join(sorted(missing))}{f' and {more} more' if more else ''}")
+    return 1 if statuses["problem"] else 0

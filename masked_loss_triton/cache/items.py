@@ -1,0 +1,201 @@
+"""The latent caches of a dataset, each with the picture or clip it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from masked_loss_triton.cache.dataset_config import Architecture, Dataset
+from masked_loss_triton.cache.tensor_file import TensorFile
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+
+CACHE_NAME = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<suffix>[^_]+)\.safetensors")
+CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})")
+LATENT_KEY = re.compile(r"latents_(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)_[a-z0-9_]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A picture or clip of a dataset: the files of its targets (more than one for layered models) and its own mask file."""
+
+    stem: str
+    targets: tuple[Path, ...]
+    mask: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheItem:
+    """One latent cache.
+
+    Attributes:
+        path: the cache file.
+        stem: of the picture or clip, without the window of frames.
+        size: (width, height) of the picture, or of the clip's bucket, pixels.
+        window: (first frame, number of frames) of a clip at the trainer's frame rate, or None for a picture.
+        source: the picture or clip, or None when the dataset has none of this stem.
+    """
+
+    path: Path
+    stem: str
+    size: tuple[int, int]
+    window: tuple[int, int] | None
+    source: Source | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentShape:
+    """The latents of a cache: F time steps or layers, h x w cells, and the side of a cell in pixels of the bucket."""
+
+    frames: int
+    height: int
+    width: int
+    cell: int
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """(width, height) of the bucket, pixels."""
+        return self.width * self.cell, self.height * self.cell
+
+
+def find_sources(dataset: Dataset) -> dict[str, Source]:
+    """The pictures or clips of a dataset by stem, as the trainer would list them.
+
+    Raises:
+        UserError: naming the folder or line that cannot be read.
+    """
+    if dataset.jsonl is not None and dataset.directory is None:
+        return _from_jsonl(dataset)
+    assert dataset.directory is not None
+    try:
+        with os.scandir(dataset.directory) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError as error:
+        kind = "video_directory" if dataset.is_video else "image_directory"
+        raise UserError(f"{kind} {dataset.directory} cannot be read ({error.strerror}): correct it", 2) from error
+    extensions = VIDEO_EXTENSIONS if dataset.is_video else IMAGE_EXTENSIONS
+    files = {name: os.path.splitext(name)[0] for name in names if os.path.splitext(name)[1].lower() in extensions}
+    captioned = set(files.values())
+    if dataset.caption_extension and not dataset.is_video:
+        end = dataset.caption_extension
+        captioned = {name[: -len(end)] for name in names if name.endswith(end)}
+    sources: dict[str, Source] = {}
+    for name, stem in files.items():
+        if stem in captioned:
+            sources.setdefault(stem, Source(stem, (dataset.directory / name,)))
+    if dataset.multiple_target:
+        _add_layers(dataset.directory, files, sources)
+    return sources
+
+
+def _add_layers(folder: Path, files: dict[str, str], sources: dict[str, Source]) -> None:
+    """Pictures named like another with _<number> at the end are its further targets, in the order of their numbers."""
+    free = {name: stem for name, stem in files.items() if stem not in sources}
+    # Longest first: a_1_2 belongs to a_1 when there is one, and to a otherwise.
+    for stem in sorted(sources, key=len, reverse=True):
+        layers = {n: s for n, s in free.items() if s.startswith(stem + "_") and s[len(stem) + 1 :].isdigit()}
+        ordered = sorted(layers, key=lambda name: int(layers[name][len(stem) + 1 :]))
+        free = {name: s for name, s in free.items() if name not in layers}
+        targets = sources[stem].targets + tuple(folder / name for name in ordered)
+        sources[stem] = dataclasses.replace(sources[stem], targets=targets)
+
+
+def _from_jsonl(dataset: Dataset) -> dict[str, Source]:
+    key = "video_path" if dataset.is_video else "image_path"
+    sources = {}
+    try:
+        with open(dataset.jsonl, encoding="utf-8") as lines:  # type: ignore[arg-type]
+            for number, line in enumerate(lines, 1):
+                entry = json.loads(line)
+                first = entry.get(key, entry.get(f"{key}_0"))
+                if not isinstance(first, str):
+                    raise ValueError(f"line {number} has no {key!r}")
+                targets = [first]
+                while dataset.multiple_target and f"{key}_{len(targets)}" in entry:
+                    targets.append(entry[f"{key}_{len(targets)}"])
+                stem = os.path.splitext(os.path.basename(first))[0]
+                mask = Path(entry["mask_path"]) if entry.get("mask_path") else None
+                sources[stem] = Source(stem, tuple(map(Path, targets)), mask)
+    except OSError as error:
+        raise UserError(f"{dataset.jsonl} cannot be read ({error.strerror}): correct the path", 2) from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{dataset.jsonl} is not a valid JSON lines file: {error}", 2) from error
+    return sources
+
+
+def find_caches(dataset: Dataset, architecture: Architecture, sources: dict[str, Source]) -> list[CacheItem]:
+    """The latent caches of a dataset, sorted by name. A folder that does not exist yet has none."""
+    try:
+        with os.scandir(dataset.cache_directory) as entries:
+            names = sorted(entry.name for entry in entries)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cache_directory {dataset.cache_directory} cannot be read ({error.strerror})", 2) from error
+    items = []
+    for name in names:
+        match = CACHE_NAME.fullmatch(name)
+        if not match or match["suffix"] not in architecture.suffixes:
+            continue
+        stem, window = match["stem"], None
+        if dataset.is_video:
+            clip = CLIP_NAME.fullmatch(stem)
+            if not clip:
+                continue
+            stem, window = clip["stem"], (int(clip["start"]), int(clip["count"]))
+        size = (int(match["width"]), int(match["height"]))
+        items.append(CacheItem(dataset.cache_directory / name, stem, size, window, sources.get(stem)))
+    return items
+
+
+def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architecture: Architecture) -> LatentShape:
+    """The shape of the cached latents; the side of a cell is the bucket's side divided by the latents'.
+
+    Raises:
+        UserError: naming the cache, when it holds no latents or latents of another bucket than the dataset asks for.
+    """
+    matches = [match for name in file.tensors if (match := LATENT_KEY.fullmatch(name))]
+    if len(matches) != 1:
+        raise UserError(f"{file.path} has no latents in it: delete it and run the caching script again")
+    frames, height, width = (int(matches[0][group]) for group in ("frames", "height", "width"))
+    if tuple(file.tensors[matches[0][0]]["shape"][1:]) != (frames, height, width):
+        raise UserError(f"{file.path}: the shape of its latents is not the one in their name: cache it again")
+    bucket = bucket_size(item.size, dataset, architecture)
+    cell = bucket[0] // width if width else 0
+    if not cell or (width * cell, height * cell) != bucket:
+        raise UserError(
+            f"{file.path} has latents of {width}x{height} cells, but the dataset file asks for a picture of "
+            f"{bucket[0]}x{bucket[1]} pixels: run the caching script again with this dataset file"
+        )
+    return LatentShape(frames, height, width, cell)
+
+
+def bucket_size(size: tuple[int, int], dataset: Dataset, architecture: Architecture) -> tuple[int, int]:
+    """(width, height) of the bucket that the trainer gives a picture of this size.
+
+    Source: musubi-tuner 0.3.4, dataset/bucket.py.
+    """
+    width, height = dataset.resolution
+    step = architecture.bucket_step
+    if not dataset.enable_bucket:
+        return width, height
+    if dataset.bucket_no_upscale and size[0] * size[1] <= width * height:
+        return size[0] // step * step, size[1] // step * step
+    buckets = _buckets(width * height, step)
+    aspect = size[0] / size[1]
+    return min(buckets, key=lambda bucket: (abs(bucket[0] / bucket[1] - aspect), bucket))
+
+
+@functools.cache
+def _buckets(area: int, step: int) -> list[tuple[int, int]]:
+    side = int(math.sqrt(area))
+    buckets = set()
+    for width in range(max(side // 2 // step * step, step), side + step, step):
+        height = area // width // step * step
+        buckets |= {(width, height), (height, width)}
+    return sorted(bucket for bucket in buckets if min(bucket) > 0)

@@ -1,0 +1,228 @@
+"""Adding tensors to a safetensors file and taking them out, without touching a byte of the others.
+
+The file is never changed in place: the new contents go to a temporary file beside it, to the disk, and then over the old
+name in one step. Whatever happens, the name holds the old or the new file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from masked_loss_triton.errors import UserError
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+NUMPY_NAMES = {"float16": "F16", "float32": "F32"}
+# Not *.safetensors: the trainers look for caches by that ending and would train on half a file.
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.masktmp")
+
+
+@dataclasses.dataclass
+class TensorFile:
+    """The header of a safetensors file.
+
+    Attributes:
+        path: the file.
+        metadata: its `__metadata__`, in the file's order.
+        tensors: name to {"dtype", "shape", "data_offsets"}, in the file's order.
+        data_start: where the data begins, bytes.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, dict[str, Any]]
+    data_start: int
+    metadata_first: bool = True
+
+    def read(self, name: str) -> np.ndarray:
+        """One float16, float32 or int32 tensor as a numpy array."""
+        entry = self.tensors[name]
+        begin, end = entry["data_offsets"]
+        with open(self.path, "rb") as file:
+            file.seek(self.data_start + begin)
+            data = file.read(end - begin)
+        dtype = {"F16": np.float16, "F32": np.float32, "I32": np.int32}[entry["dtype"]]
+        return np.frombuffer(data, dtype).reshape(entry["shape"])
+
+
+def read_header(path: str | os.PathLike[str]) -> TensorFile:
+    """Reads and checks the header of a safetensors file; its data is not read.
+
+    Raises:
+        UserError: naming the file, when it is missing, cut short or no safetensors file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                raise ValueError("its header is incomplete")
+            header = json.loads(file.read(length).decode("utf-8"))
+        return _checked(Path(path), header, 8 + length, size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if type(error) is ValueError else "its header is damaged"
+        raise UserError(
+            f"{path} is cut short or damaged ({reason}): delete it and run the caching script again"
+        ) from error
+
+
+def _checked(path: Path, header: dict[str, Any], data_start: int, size: int) -> TensorFile:
+    metadata_first = next(iter(header), "__metadata__") == "__metadata__"
+    metadata = header.pop("__metadata__", None) or {}
+    position = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        items = math.prod(entry["shape"])
+        expected = items * ITEM_BYTES[entry["dtype"]] if entry["dtype"] in ITEM_BYTES else end - begin
+        if begin != position or end < begin or end - begin != expected:
+            raise ValueError("its tensors do not fit its header")
+        position = end
+    if data_start + position != size:
+        raise ValueError(f"{size} bytes instead of {data_start + position}")
+    return TensorFile(path, metadata, header, data_start, metadata_first)
+
+
+def rewrite(
+    file: TensorFile,
+    *,
+    drop: set[str] = frozenset(),  # type: ignore[assignment]
+    add: dict[str, np.ndarray] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the file anew without the tensors in `drop`, with those in `add`, and with `metadata` as its metadata.
+
+    Other tensors keep their bytes and their order. The new tensors go where their alignment wants them: before the first
+    tensor of smaller items.
+
+    Args:
+        file: as `read_header` gave it.
+        drop: names of tensors to leave out.
+        add: float16 or float32 arrays by name.
+        metadata: the whole new metadata; None keeps the old.
+
+    Raises:
+        UserError: naming the file, when the disk is full or the folder may not be written. The old file stays.
+    """
+    new = {name: np.ascontiguousarray(array) for name, array in (add or {}).items()}
+    kept = [name for name in file.tensors if name not in drop and name not in new]
+    kept.sort(key=lambda name: file.tensors[name]["data_offsets"][0])
+    order = list(kept)
+    for name, array in new.items():
+        smaller = (i for i, other in enumerate(order) if _item_bytes(file, new, other) < array.itemsize)
+        order.insert(next(smaller, len(order)), name)
+
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in order:
+        if name in new:
+            array = new[name]
+            entry = {"dtype": NUMPY_NAMES[str(array.dtype)], "shape": list(array.shape)}
+            size = array.nbytes
+        else:
+            entry = dict(file.tensors[name])
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+        header[name] = {**entry, "data_offsets": [offset, offset + size]}
+        offset += size
+    # The file's own order of names, so that adding and removing a tensor gives back the same bytes.
+    names = [name for name in file.tensors if name in header] + [name for name in new if name not in file.tensors]
+    entries = {name: header[name] for name in names}
+    meta = file.metadata if metadata is None else metadata
+    described = {"__metadata__": meta} if meta else {}
+    text = json.dumps(
+        {**described, **entries} if file.metadata_first else {**entries, **described},
+        separators=(",", ":"),
+        ensure_ascii=False,
+    ).encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+
+    def write(target: BinaryIO) -> None:
+        target.write(len(text).to_bytes(8, "little") + text)
+        with open(file.path, "rb") as source:
+            for name in order:
+                if name in new:
+                    target.write(new[name].data)
+                else:
+                    begin, end = file.tensors[name]["data_offsets"]
+                    _copy(source, target, file.data_start + begin, end - begin)
+
+    replace_file(file.path, write)
+
+
+def _item_bytes(file: TensorFile, new: dict[str, np.ndarray], name: str) -> int:
+    return new[name].itemsize if name in new else ITEM_BYTES.get(file.tensors[name]["dtype"], 1)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, start: int, length: int) -> None:
+    source.seek(start)
+    while length:
+        block = source.read(min(length, 1 << 22))
+        if not block:
+            raise OSError(5, "the file became shorter while it was read")
+        target.write(block)
+        length -= len(block)
+
+
+def replace_file(path: str | os.PathLike[str], write: Any) -> None:
+    """Calls `write(file)` on a temporary file in the same folder, brings it to the disk and puts it in place of `path`.
+
+    Raises:
+        UserError: naming the file, when it cannot be written. The old file stays, the temporary one goes.
+    """
+    # A link keeps pointing where it did: the file it points to is replaced.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.masktmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): the old file is unchanged") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> int:
+    """Deletes temporary files that a killed run left in a folder; those of running processes stay. Returns how many."""
+    removed = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = TEMPORARY.fullmatch(entry.name)
+            if match and not _is_running(int(match["pid"])):
+                with contextlib.suppress(OSError):
+                    if stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                        os.unlink(entry.path)
+                        removed += 1
+    return removed
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # os.kill would end the process there
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

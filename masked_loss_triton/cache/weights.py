@@ -1,0 +1,258 @@
+"""The weights of one latent cache: from the mask of its picture or clip to an array in the shape of the latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from masked_loss_triton.cache.dataset_config import Architecture, Dataset
+from masked_loss_triton.cache.items import CacheItem, LatentShape
+from masked_loss_triton.cache.tensor_file import TensorFile
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.frames import (
+    MASK_EXTENSIONS,
+    clip_size,
+    has_alpha_frames,
+    kept_frames,
+    read_frames,
+)
+from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
+from masked_loss_triton.masks.reading import has_alpha, open_image, unreadable
+from masked_loss_triton.masks.sources import (
+    Candidate,
+    MaskDirectory,
+    align_to_picture,
+    read_still,
+    source_files,
+)
+
+# Raised when the same inputs give other weights, so that caches of the older version are masked anew.
+WEIGHTS_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything that decides the weights of an item: one list of candidates for each target picture, and a digest."""
+
+    candidates: tuple[tuple[Candidate, ...], ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """(1, F, h, w) float32, contiguous; `source` is where each target's came from, `file` the mask's file name."""
+
+    values: np.ndarray
+    source: str
+    file: str
+
+
+def find_inputs(
+    item: CacheItem, shape: LatentShape, dataset: Dataset, architecture: Architecture, masks: MaskDirectory | None
+) -> Inputs:
+    """Looks up the possible masks of an item and hashes their contents; decodes none.
+
+    Raises:
+        UserError: naming the file that cannot be read.
+    """
+    targets: tuple[Path | None, ...] = item.source.targets if item.source is not None else (None,)
+    candidates = tuple(_candidates(item, target, dataset, masks) for target in targets)
+    operations = dataclasses.asdict(dataset.operations)
+    fps = (dataset.source_fps, architecture.fps) if dataset.source_fps is not None and item.window else None
+    name = item.stem if dataset.operations.mask_blur_random else None
+    contents = [[(one.kind, _digest(one.path)) for one in group] for group in candidates]
+    facts = [WEIGHTS_VERSION, contents, operations, dataclasses.astuple(shape), item.size, item.window]
+    facts += [fps, name, dataset.one_frame_target]
+    return Inputs(candidates, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+
+
+def _candidates(
+    item: CacheItem, target: Path | None, dataset: Dataset, masks: MaskDirectory | None
+) -> tuple[Candidate, ...]:
+    found = []
+    if dataset.alpha_mask and target is not None and target.exists() and _may_have_alpha(item, target):
+        found.append(Candidate("alpha", target))
+    explicit = item.source.mask if item.source is not None else None
+    if explicit is not None:
+        found.append(Candidate("file", explicit))
+    elif masks is not None:
+        stem = item.stem if target is None else target.stem
+        path = masks.find(stem, item.window is not None) or masks.find(item.stem, item.window is not None)
+        if path is not None:
+            found.append(Candidate("file", path))
+    if dataset.default_mask is not None:
+        found.append(Candidate("default", dataset.default_mask))
+    return tuple(found)
+
+
+def _may_have_alpha(item: CacheItem, target: Path) -> bool:
+    if item.window is not None:
+        return has_alpha_frames(target)
+    with open_image(target) as image:
+        return has_alpha(image)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        for file in source_files(path):
+            with open(file, "rb") as data:
+                while block := data.read(1 << 20):
+                    digest.update(block)
+            if path.is_dir():
+                digest.update(file.name.encode("utf-8", "surrogateescape") + b"\0")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, inputs: Inputs, dataset: Dataset) -> Weights:
+    """The weights of a picture's cache.
+
+    One plane for a still; one for each layer of a layered model; for a one-frame cache the mask at the target's place and
+    1 at the control frames, as the trainer weights them without a mask.
+
+    Raises:
+        UserError: naming the file that is broken, does not fit, or is missing although it is required.
+    """
+    planes, used = [], []
+    for index, candidates in enumerate(inputs.candidates):
+        mask, chosen = read_still(list(candidates))
+        used.append(chosen)
+        if mask is None:
+            _check_not_required(item, dataset)
+            planes.append(np.ones((shape.height, shape.width), np.float32))
+            continue
+        assert chosen is not None
+        target = item.source.targets[index] if item.source is not None else None
+        if chosen.kind == "alpha" and index == 0 and mask.shape != item.size[::-1]:
+            raise UserError(
+                f"{chosen.path} is {mask.shape[1]}x{mask.shape[0]} but was {item.size[0]}x{item.size[1]} when {item.path} "
+                "was cached: run the caching script again"
+            )
+        size = (mask.shape[1], mask.shape[0]) if index else item.size
+        mask = align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
+        planes.append(_to_cells(mask, item, shape, dataset))
+    values = _place(np.stack(planes), item, file, shape, dataset)
+    return _weights(values, used, dataset)
+
+
+def compute_clip_weights(
+    items: list[CacheItem], shapes: list[LatentShape], inputs: Inputs, dataset: Dataset, architecture: Architecture
+) -> list[Weights]:
+    """The weights of all windows of one clip; its mask is decoded once. All shapes have the same height and width.
+
+    Raises:
+        UserError: as `compute_weights`, and when the mask has fewer frames than the clip.
+    """
+    first, shape, candidates = items[0], shapes[0], inputs.candidates[0]
+    needed = max(item.window[0] + item.window[1] for item in items if item.window)
+    clip = first.source.targets[0] if first.source is not None else None
+    for chosen in candidates:
+        planes = _clip_planes(chosen, clip, first, shape, needed, dataset, architecture)
+        if planes is None:
+            continue
+        if 1 < len(planes) < needed:
+            raise UserError(
+                f"{chosen.path} has only {len(planes)} frames of the {needed} that {clip or first.stem} needs at the "
+                "trainer's frame rate: make a mask for every frame, or one still"
+            )
+        return [_window(planes, item, shape, chosen, dataset) for item, shape in zip(items, shapes, strict=True)]
+    _check_not_required(first, dataset)
+    ones = [np.ones((shape.frames, shape.height, shape.width), np.float32) for shape in shapes]
+    return [_weights(values, [None], dataset) for values in ones]
+
+
+def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Candidate, dataset: Dataset) -> Weights:
+    assert item.window is not None
+    start, count = item.window
+    frames = planes if len(planes) == 1 else planes[start : start + count]
+    try:
+        values = group_frames(frames, shape.frames, dataset.operations.mask_time)
+    except ValueError as error:
+        raise UserError(f"{item.path}: {error}; run the caching script again") from error
+    return _weights(values, [chosen], dataset)
+
+
+def _clip_planes(
+    chosen: Candidate,
+    clip: Path | None,
+    item: CacheItem,
+    shape: LatentShape,
+    needed: int,
+    dataset: Dataset,
+    architecture: Architecture,
+) -> np.ndarray | None:
+    """(T, h, w) float32 for the first `needed` frames that the trainer keeps, T = 1 for a still; None: passed over."""
+    size = clip_size(clip) if clip is not None and clip.exists() else None
+
+    def plane(mask: np.ndarray) -> np.ndarray:
+        fitted = align_to_picture(
+            mask, size or (mask.shape[1], mask.shape[0]), chosen.path, clip, shared=chosen.kind == "default"
+        )
+        return _to_cells(fitted, item, shape, dataset)
+
+    if chosen.kind != "alpha" and chosen.path.suffix.lower() in MASK_EXTENSIONS and not chosen.path.is_dir():
+        mask, _ = read_still([chosen])
+        assert mask is not None
+        return plane(mask)[None]
+    fps = architecture.fps if dataset.source_fps is not None else None
+    keep = iter(kept_frames(None, dataset.source_fps, fps))
+    wanted = next(keep)
+    planes, lowest = [], 255
+    for index, mask in enumerate(read_frames(chosen.path, alpha=chosen.kind == "alpha")):
+        if index == wanted:
+            lowest = min(lowest, int(mask.min()))
+            planes.append(plane(mask))
+            wanted = next(keep)
+        if len(planes) == needed:
+            break
+    if not planes:
+        if chosen.kind == "alpha":
+            return None
+        raise UserError(f"{chosen.path} has no frames in it: add them, or remove it")
+    if chosen.kind == "alpha" and lowest == 255:
+        return None
+    return np.stack(planes)
+
+
+def _to_cells(mask: np.ndarray, item: CacheItem, shape: LatentShape, dataset: Dataset) -> np.ndarray:
+    edited = dataset.operations.apply(mask, item.stem)
+    return to_latent(resize_to_bucket(edited, shape.bucket), (shape.height, shape.width))
+
+
+def _place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentShape, dataset: Dataset) -> np.ndarray:
+    """(targets, h, w) to (F, h, w)."""
+    if len(planes) == shape.frames:
+        return planes
+    if "f_indices_int32" in file.tensors and len(planes) == 1:
+        indices = file.read("f_indices_int32").tolist()
+        if dataset.one_frame_target not in indices:
+            raise UserError(
+                f"{item.path} is a one-frame cache for the frames {indices}, and fp_1f_target_index is "
+                f"{dataset.one_frame_target}: use the dataset file it was cached with"
+            )
+        values = np.ones((shape.frames, *planes.shape[1:]), np.float32)
+        values[sorted(indices).index(dataset.one_frame_target)] = planes[0]
+        return values
+    raise UserError(
+        f"{item.path} has {shape.frames} layers or frames, and its dataset has {len(planes)} pictures for it: set "
+        "multiple_target, or run the caching script again"
+    )
+
+
+def _check_not_required(item: CacheItem, dataset: Dataset) -> None:
+    if dataset.require_mask:
+        picture = item.source.targets[0] if item.source is not None else item.path
+        raise UserError(f"{picture} has no mask, and require_mask is set: add one, or a default_mask")
+
+
+def _weights(values: np.ndarray, used: list[Candidate | None], dataset: Dataset) -> Weights:
+    baked = np.ascontiguousarray(dataset.operations.bake(values)[None], np.float32)
+    kinds = [one.kind if one is not None else "full" for one in used]
+    source = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
+    return Weights(baked, source, ",".join(one.path.name for one in used if one is not None))
