@@ -335,7 +335,14 @@ def loss_kernel(
         t = t.to(tl.float32)
         if HAS_LATENTS:
             latents_offsets = long_b * (latents_stride_b * DIVISOR) + offsets_of(
-                position, frame, row, column, latents_stride_f * DIVISOR, latents_stride_h * DIVISOR, latents_stride_w, FLAT
+                position,
+                frame,
+                row,
+                column,
+                latents_stride_f * DIVISOR,
+                latents_stride_h * DIVISOR,
+                latents_stride_w,
+                FLAT,
             )
             x = tl.load(latents_ptr + latents_offsets + channel * (latents_stride_c * DIVISOR), mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
@@ -352,7 +359,14 @@ def loss_kernel(
             gradient += b_weight * slope
         if WRITE_GRADIENT:
             gradient_offsets = long_b * (gradient_stride_b * DIVISOR) + offsets_of(
-                position, frame, row, column, gradient_stride_f * DIVISOR, gradient_stride_h * DIVISOR, gradient_stride_w, FLAT
+                position,
+                frame,
+                row,
+                column,
+                gradient_stride_f * DIVISOR,
+                gradient_stride_h * DIVISOR,
+                gradient_stride_w,
+                FLAT,
             )
             tl.store(
                 gradient_ptr + gradient_offsets + channel * (gradient_stride_c * DIVISOR),
@@ -376,7 +390,9 @@ def loss_kernel(
             tl.store(stats_ptr + 1, target_term)
             tl.store(stats_ptr + 2, prior_term)
             if WRITE_WEIGHT_STATS:
-                write_weight_stats(partials_ptr, stats_ptr, batch * tiles, batch * positions.to(tl.float32), BLOCK_TILES)
+                write_weight_stats(
+                    partials_ptr, stats_ptr, batch * tiles, batch * positions.to(tl.float32), BLOCK_TILES
+                )
                 tl.store(stats_ptr + 13, tl.where(loss == 0.0, 0.0, prior_term / loss))
 
 
@@ -465,7 +481,9 @@ class LossLaunch:
         all_blocks = triton.cdiv(channels, block_c)
         programs = triton.cdiv(positions, block_p) * batch
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, twice what its memory latency needs.
-        groups = min(all_blocks, max(1, triton.cdiv(2 * multiprocessors, programs) if programs < multiprocessors else 1))
+        groups = min(
+            all_blocks, max(1, triton.cdiv(2 * multiprocessors, programs) if programs < multiprocessors else 1)
+        )
         channel_blocks = triton.cdiv(all_blocks, groups)
         return cls(block_p, block_c, channel_blocks)
 
@@ -481,7 +499,7 @@ class LossLaunch:
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1  # the interpreter runs one program after the other
+    return 4  # the interpreter; small, but enough that small inputs take the path that splits the channels
 
 
 NORMALIZATIONS = {"weighted_mean": WEIGHTED_MEAN.value, "mean_one": MEAN_ONE.value, "mean": MEAN.value}
@@ -523,7 +541,7 @@ def launch_loss(
     positions = frames * height * width
     device = pred.device
     gradient = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
-    tensors = {"pred": pred, "target": target, "latents": latents, "prior": prior}
+    tensors: dict[str, torch.Tensor | None] = {"pred": pred, "target": target, "latents": latents, "prior": prior}
     tensors["gradient"] = gradient if write_gradient else None
     present = [tensor for tensor in tensors.values() if tensor is not None]
     steps = [position_stride(tensor) for tensor in present]
@@ -566,6 +584,7 @@ def launch_loss(
     terms = torch.empty((2, programs), dtype=torch.float32, device=device) if write_loss else None
     per_sample_prior = prior_weight if isinstance(prior_weight, torch.Tensor) else None
     tiles = weights.partials.shape[2]
+    per_sum = 1 if config.per_sample else batch
     loss_kernel[grid](
         pred_ptr=pred,
         target_ptr=target,
@@ -618,7 +637,8 @@ def launch_loss(
         MASK_FLAT=mask_flat,
         DIVISOR=divisor,
         OFFSET=tl.int64 if wide else tl.int32,
-        BLOCK_TILES=max(16, triton.next_power_of_2(min(1024, tiles * (1 if config.per_sample else batch)))),
+        # At least one element per thread: fewer would be read once by every warp.
+        BLOCK_TILES=max(32 * launch.num_warps, triton.next_power_of_2(min(1024, tiles * per_sum))),
         BLOCK_C=launch.block_c,
         CHANNEL_BLOCKS=launch.channel_blocks,
         BLOCK_P=launch.block_p,
@@ -631,4 +651,6 @@ def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
     """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
     block = 4096
     count = gradient.numel()
-    scale_kernel[(triton.cdiv(count, block),)](gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=block, num_warps=4)
+    scale_kernel[(triton.cdiv(count, block),)](
+        gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=block, num_warps=4
+    )

@@ -16,6 +16,9 @@ from masked_loss_triton.errors import UserError
 COMMANDS = {
     "demo": "masked_loss_triton.demo.command",
     "cache": "masked_loss_triton.cache.command",
+    "check": "masked_loss_triton.cache.check_command",
+    "inspect": "masked_loss_triton.cache.inspect_command",
+    "to-alpha": "masked_loss_triton.masks.to_alpha_command",
 }
 
 

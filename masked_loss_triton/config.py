@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,21 @@ def _choice(field: str, value: Any, choices: Sequence[str]) -> None:
 def _flag(field: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{field} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def checked_prior_weight(value: Any, per_sample: bool) -> float | tuple[float, ...]:
+    """A prior weight as a float or a tuple of floats, one per sample; raises as `MaskedLossConfig` says."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    expected = ">= 0" if several else ">= 0, or a sequence of them"
+    weights = tuple(_number("prior_weight", item, expected) for item in (value if several else (value,)))
+    if not weights or min(weights) < 0:
+        raise ValueError(f"prior_weight must be >= 0, got {value!r}")
+    if several and not per_sample:
+        raise ValueError(
+            f"prior_weight has one value per sample ({len(weights)}), which needs per_sample=True: "
+            "set per_sample=True or give one number"
+        )
+    return weights if several else weights[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +110,9 @@ class MaskedLossConfig:
         self._bounded("area_scale_beta", ">= 0", lambda x: x >= 0)
         self._bounded("eps", "> 0", lambda x: x > 0)
         self._check_blur()
-        self._check_prior_weight()
+        object.__setattr__(self, "prior_weight", checked_prior_weight(self.prior_weight, self.per_sample))
+        # Made here and not when asked: torch.compile cannot trace json, and operators take a config as text.
+        object.__setattr__(self, "_text", json.dumps(self.to_dict()))
 
     def _bounded(self, field: str, expected: str, accepts: Any, optional: bool = False) -> None:
         value = getattr(self, field)
@@ -112,21 +130,6 @@ class MaskedLossConfig:
         if size < 0 or (size > 0 and size % 2 == 0):
             raise ValueError(f"blur_kernel_size must be 0 (off) or an odd integer >= 1, got {size!r}")
 
-    def _check_prior_weight(self) -> None:
-        if isinstance(self.prior_weight, Sequence) and not isinstance(self.prior_weight, str):
-            weights = tuple(_number("prior_weight", value, ">= 0") for value in self.prior_weight)
-            if not self.per_sample:
-                raise ValueError(
-                    f"prior_weight has one value per sample ({len(weights)}), which needs per_sample=True: "
-                    "set per_sample=True or give one number"
-                )
-            object.__setattr__(self, "prior_weight", weights)
-        else:
-            weights = (_number("prior_weight", self.prior_weight, ">= 0, or a sequence of them"),)
-            object.__setattr__(self, "prior_weight", weights[0])
-        if not weights or min(weights) < 0:
-            raise ValueError(f"prior_weight must be >= 0, got {self.prior_weight!r}")
-
     def replace(self, **changes: Any) -> MaskedLossConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
@@ -134,6 +137,10 @@ class MaskedLossConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, in order: for JSON, metadata and logs. `MaskedLossConfig(**d)` reads it back."""
         return dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        """The fields as JSON."""
+        return self._text  # type: ignore[attr-defined]
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MaskedLossConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -263,15 +263,15 @@ def describe(
 def _prior_weight(
     value: Any, config: MaskedLossConfig, pred: torch.Tensor, batch: int, has_prior: bool
 ) -> torch.Tensor | float:
-    if value is None:
-        value = config.prior_weight
-    elif not has_prior:
+    checked = config.prior_weight
+    if value is not None and not has_prior:
         raise ValueError("prior_weight was given without prior, and has no effect: give prior=, or drop prior_weight")
     if isinstance(value, torch.Tensor):
         if not config.per_sample and value.numel() != 1:
             raise ValueError("prior_weight with one value per sample needs a config with per_sample=True")
         return _per_sample("prior_weight", value, pred, batch, FLOAT_DTYPES)
-    checked = MaskedLossConfig(prior_weight=value, per_sample=config.per_sample).prior_weight
+    if value is not None:
+        checked = checked_prior_weight(value, config.per_sample)
     if isinstance(checked, tuple):
         if not has_prior:
             return 0.0

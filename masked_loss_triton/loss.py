@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masked_loss_triton import backends, weights
+from masked_loss_triton import weights
+from masked_loss_triton.backend import BACKENDS, choose, implementation
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import FlowTarget, canonical_mask, describe, refuse_gradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_DEFAULT = MaskedLossConfig()
 
 
 def masked_loss(
@@ -81,7 +85,7 @@ def masked_loss(
         same bits from run to run on one device. NaN and Inf propagate. Differentiable once, in pred.
     """
     if config is None:
-        config = MaskedLossConfig()
+        config = _DEFAULT
     elif not isinstance(config, MaskedLossConfig):
         raise TypeError(f"config must be a MaskedLossConfig, got {type(config).__name__}")
     inputs = describe(
@@ -98,11 +102,11 @@ def masked_loss(
         normalizer=normalizer,
         process_group=process_group,
     )
-    name = backends.choose(backend, pred)
+    name = choose(backend, pred)
     if name != "reference":
         refuse_gradients(inputs)
     with _without_autocast(pred.device.type):
-        loss, stats = backends.implementation(name)(inputs, config, return_stats)
+        loss, stats = implementation(name)(inputs, config, return_stats)
     return (loss, stats) if return_stats else loss
 
 
@@ -127,16 +131,16 @@ def mask_weights(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it takes.
     """
-    config = MaskedLossConfig() if config is None else config
+    config = _DEFAULT if config is None else config
     if len(shape) != 4 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape must be (B, F, H, W) of positive integers, got {tuple(shape)}")
     batch, *grid = shape
     like = torch.empty(0) if mask is None else mask
     if mask is not None:
         mask = canonical_mask(mask, shape)
-    gates = [gate if gate is None else gate.expand(batch) for gate in (prior_gate, mask_gate)]
+    prior_gate, mask_gate = (None if gate is None else gate.expand(batch) for gate in (prior_gate, mask_gate))
     raw = weights.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
-    w, v = weights.target_and_prior_weights(raw, config, *gates)
+    w, v = weights.target_and_prior_weights(raw, config, prior_gate, mask_gate)
     return w.expand(shape), v.expand(shape)
 
 
@@ -151,8 +155,8 @@ class MaskedLoss(torch.nn.Module):
 
     def __init__(self, config: MaskedLossConfig | None = None, *, backend: str = "auto", **options: Any) -> None:
         super().__init__()
-        if backend not in backends.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if config is not None and options:
             raise ValueError(f"give a config or options, not both; got a config and {', '.join(sorted(options))}")
         self.config = MaskedLossConfig(**options) if config is None else config

@@ -7,6 +7,8 @@ known as soon as the error is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from masked_loss_triton.config import MaskedLossConfig
@@ -29,6 +31,7 @@ def loss_factors(
     batch, channels, positions = inputs.batch, inputs.channels, inputs.positions
     elements = channels * positions  # of one sample
     group_size = 1
+    eps: Any
     if config.per_sample:
         if config.normalization == "mean":
             denominators = torch.full_like(sum_w, elements), torch.full_like(sum_v, elements)

@@ -40,13 +40,8 @@ class MaskedLossStats(NamedTuple):
     ) -> MaskedLossStats:
         """From the two terms of the loss and the weights that made them, (B or 1, F, H, W) each."""
         weights = [number for x in (raw, w, v) for number in (x.mean(), x.amin(), x.amax())]
-        return cls._from_terms(target_term, prior_term, [*weights, torch.minimum(w, v).mean()])
-
-    @classmethod
-    def _from_terms(
-        cls, target_term: torch.Tensor, prior_term: torch.Tensor, weights: list[torch.Tensor]
-    ) -> MaskedLossStats:
+        numbers = [*weights, torch.minimum(w, v).mean()]
         target_term, prior_term = target_term.detach(), prior_term.detach()
         loss = target_term + prior_term
         share = torch.where(loss == 0, torch.zeros_like(loss), prior_term / loss)
-        return cls(loss, target_term, prior_term, *(x.detach() for x in weights), share)
+        return cls._make([loss, target_term, prior_term, *(number.detach() for number in numbers), share])

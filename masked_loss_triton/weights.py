@@ -91,8 +91,12 @@ def target_and_prior_weights(
     config: MaskedLossConfig,
     prior_gate: torch.Tensor | None,
     mask_gate: torch.Tensor | None,
+    has_prior: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stages 3 to 7: (w, v) from the raw mask, each (B or 1, F, H, W); B as soon as there is a gate."""
+    """Stages 3 to 7: (w, v) from the raw mask, each (B or 1, F, H, W); B as soon as there is a gate.
+
+    Without a prior its region is empty, and takes nothing from the target.
+    """
     w = snap(blur(raw, config.blur_kernel_size) if config.blur_kernel_size > 1 else raw)
     if config.gamma != 1:
         w = w**config.gamma
@@ -101,13 +105,15 @@ def target_and_prior_weights(
     else:
         w = w.clamp(min=config.min_weight)
 
-    if config.prior_threshold is None:
+    if not has_prior:
+        v = torch.zeros_like(w)
+    elif config.prior_threshold is None:
         v = 1 - w
     else:
         v = (raw.float() < config.prior_threshold).to(w.dtype)
     if prior_gate is not None:
         v = v * prior_gate.to(w.dtype).view(-1, 1, 1, 1)
-    if config.prior_threshold is not None:
+    if has_prior and config.prior_threshold is not None:
         w = w * (1 - v)
     v = torch.where(v < SNAP, torch.zeros_like(v), v)
 
@@ -121,13 +127,9 @@ def target_and_prior_weights(
 def call_weights(
     inputs: LossInputs, config: MaskedLossConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(raw, w, v) of one call, each (B or 1, F, H, W). Without a prior the prior's region takes nothing from the target."""
+    """(raw, w, v) of one call, each (B or 1, F, H, W)."""
     raw = raw_mask(inputs.mask, inputs.grid, config, inputs.pred, dtype)
-    if inputs.prior is None:
-        config = config.replace(prior_threshold=None)
-    w, v = target_and_prior_weights(raw, config, inputs.prior_gate, inputs.mask_gate)
-    if inputs.prior is None:
-        v = torch.zeros_like(v)
+    w, v = target_and_prior_weights(raw, config, inputs.prior_gate, inputs.mask_gate, inputs.prior is not None)
     if inputs.mask_gate is not None:
         # A sample whose mask is off counts as fully covered, also for area_scale_beta.
         raw = torch.where(inputs.mask_gate.view(-1, 1, 1, 1), raw, torch.ones_like(raw))

@@ -1,4 +1,7 @@
-"""Three backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `triton` (kernels)."""
+"""Three backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `triton` (kernels).
+
+The folder is called `backend`: torch.compile refuses to trace files whose path contains "triton/backends".
+"""
 
 from __future__ import annotations
 
@@ -51,13 +54,13 @@ def choose(name: str, pred: torch.Tensor) -> str:
 def implementation(name: str) -> Callable[..., Any]:
     """`loss(inputs, config, return_stats) -> (loss, stats)` of a backend that `choose` returned."""
     if name == "triton":
-        from masked_loss_triton.backends import fused
+        from masked_loss_triton.backend import fused
 
         return fused.loss
     if name == "torch":
-        from masked_loss_triton.backends import closed_form
+        from masked_loss_triton.backend import closed_form
 
         return closed_form.loss
-    from masked_loss_triton.backends import reference
+    from masked_loss_triton.backend import reference
 
     return reference.loss

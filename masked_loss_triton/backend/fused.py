@@ -22,7 +22,9 @@ from masked_loss_triton.stats import MaskedLossStats
 from masked_loss_triton.weights import gaussian_taps
 
 
-def loss(inputs: LossInputs, config: MaskedLossConfig, return_stats: bool) -> tuple[torch.Tensor, MaskedLossStats | None]:
+def loss(
+    inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
+) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
     tensors = [
         inputs.pred,
@@ -36,7 +38,7 @@ def loss(inputs: LossInputs, config: MaskedLossConfig, return_stats: bool) -> tu
         _contiguous(inputs.mask_gate),
     ]
     number = 0.0 if isinstance(inputs.prior_weight, torch.Tensor) else inputs.prior_weight
-    options = (inputs.flow_sign, number, _to_text(config), return_stats)
+    options = (inputs.flow_sign, number, config.to_text(), return_stats)
     with torch.no_grad():
         factors = _exchanged_factors(inputs, config, tensors) if needs_exchange(inputs) else None
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
@@ -56,10 +58,10 @@ class FusedLoss(torch.autograd.Function):
         now = tensors[0].dtype != torch.float16
         total, numbers, gradient = _run("forward", *tensors, flow_sign, prior_weight, config, stats, now)
         ctx.options = flow_sign, prior_weight, config
-        compiling = torch.compiler.is_compiling()
-        # When not compiling the gradient is no saved tensor: the backward scales it in place and gives it away, once.
-        ctx.gradient = gradient if now and not compiling else None
-        ctx.save_for_backward(gradient if now and compiling else None, *tensors)
+        # A plain gradient is no saved tensor: the backward scales it in place and gives it away, once.
+        plain = _is_plain(gradient)
+        ctx.gradient = gradient if now and plain else None
+        ctx.save_for_backward(gradient if now and not plain else None, *tensors)
         ctx.mark_non_differentiable(numbers)
         return total, numbers
 
@@ -82,18 +84,9 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _to_text(config: MaskedLossConfig) -> str:
-    """Operators take tensors, numbers and text: a config crosses that border as JSON, and is parsed once."""
-    return _text_of(config) if not torch.compiler.is_compiling() else json.dumps(config.to_dict())
-
-
-@functools.lru_cache(maxsize=64)
-def _text_of(config: MaskedLossConfig) -> str:
-    return json.dumps(config.to_dict())
-
-
 @functools.lru_cache(maxsize=64)
 def _from_text(text: str) -> tuple[MaskedLossConfig, tuple[float, ...]]:
+    """A config as it crossed the border of an operator, which takes only tensors, numbers and text; and its blur."""
     config = MaskedLossConfig(**json.loads(text))
     return config, tuple(gaussian_taps(config.blur_kernel_size)) if config.blur_kernel_size > 1 else ()
 
@@ -109,7 +102,7 @@ def _exchanged_factors(inputs: LossInputs, config: MaskedLossConfig, tensors: li
     """(2, B): the factors, from denominators that span more than this batch."""
     _, _, _, prior, mask, _, _, prior_gate, mask_gate = tensors
     shape = [inputs.batch, *inputs.grid]
-    sums = _run("sums", inputs.pred, mask, prior_gate, mask_gate, shape, prior is not None, _to_text(config))
+    sums = _run("sums", inputs.pred, mask, prior_gate, mask_gate, shape, prior is not None, config.to_text())
     return torch.stack(loss_factors(sums[0], sums[1], sums[2], inputs, config)).contiguous()
 
 
@@ -129,9 +122,14 @@ SCHEMAS = {
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    if torch.compiler.is_compiling() or type(arguments[0]) not in (torch.Tensor, torch.nn.Parameter):
-        return getattr(torch.ops.masked_loss_triton, name)(*arguments)
-    return _IMPLEMENTATIONS[name](*arguments)
+    if _is_plain(arguments[0]):
+        return _IMPLEMENTATIONS[name](*arguments)
+    return getattr(torch.ops.masked_loss_triton, name)(*arguments)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """False where somebody traces or fakes the computation, and kernels cannot be started."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _weights(mask, prior_gate, mask_gate, shape, device, has_prior: bool, text: str, stats: bool = False):
@@ -215,4 +213,4 @@ _FAKES = {
 for _name, _schema in SCHEMAS.items():
     torch.library.custom_op(
         f"masked_loss_triton::{_name}", _IMPLEMENTATIONS[_name], mutates_args=(), schema=_schema
-    ).register_fake(_FAKES[_name])
+    ).register_fake(_FAKES[_name])  # type: ignore[arg-type]

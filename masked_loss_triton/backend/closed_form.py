@@ -22,6 +22,7 @@ import torch
 from masked_loss_triton import weights
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
+from masked_loss_triton.kernels.strides import position_stride
 from masked_loss_triton.reduction import loss_factors
 from masked_loss_triton.stats import MaskedLossStats
 
@@ -54,7 +55,7 @@ class ClosedFormLoss(torch.autograd.Function):
     """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
 
     @staticmethod
-    def forward(ctx: Any, pred, target, latents, prior, a, b, flow_sign, config):  # type: ignore[override]
+    def forward(ctx: Any, pred, target, latents, prior, a, b, flow_sign, config):
         # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
         eager = pred.dtype != torch.float16
         target_term, prior_term, gradient = loss_and_gradient(
@@ -73,7 +74,7 @@ class ClosedFormLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output, _target_term, _prior_term):  # type: ignore[override]
+    def backward(ctx: Any, grad_output, _target_term, _prior_term):
         saved, pred, target, latents, prior, a, b = ctx.saved_tensors
         flow_sign, config = ctx.options
         gradient, ctx.gradient = ctx.gradient, None
@@ -97,8 +98,8 @@ def loss_and_gradient(
     target: torch.Tensor,
     latents: torch.Tensor | None,
     prior: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
+    a: Any,
+    b: Any,
     flow_sign: int,
     config: MaskedLossConfig,
     write_gradient: bool = True,
@@ -112,25 +113,27 @@ def loss_and_gradient(
     if torch.compiler.is_compiling():
         return _whole(pred, target, latents, prior, a, b, flow_sign, config, write_gradient)
     gradient = torch.empty_like(pred) if write_gradient else None
-    elements = _with_one_axis_of_positions([pred, target, latents, prior, gradient])
-    positions = elements[0].shape[2:]
-    a, b = (None if factor is None else factor.reshape(factor.shape[0], *positions) for factor in (a, b))
+    operands = _with_one_axis_of_positions([x for x in (pred, target, latents, prior, gradient) if x is not None])
+    shape = operands[0].shape
+    a, b = (None if factor is None else factor.reshape(shape[0], *shape[2:]) for factor in (a, b))
     block_size = CPU_BLOCK if pred.device.type == "cpu" else DEVICE_BLOCK
-    scratch = torch.empty((3, min(pred.numel(), max(block_size, pred.shape[1]))), device=pred.device)
+    scratch = torch.empty((3, min(pred.numel(), max(block_size, shape[1]))), device=pred.device)
     target_terms, prior_terms = [], []
-    for block in _blocks(elements[0].shape, block_size):
-        p, t, x, q, g = (None if tensor is None else tensor[block[0], :, *block[1:]] for tensor in elements)
+    for block in _blocks(shape, block_size):
+        views = iter([operand[block[0], :, block[1], block[2], block[3]] for operand in operands])
+        p, t = next(views), next(views)
+        x = None if latents is None else next(views)
         difference, psi, total = (row[: p.numel()].view(p.shape) for row in scratch)
         _subtract(difference, p, t, x, flow_sign)
         target_terms.append(_weighted_error(difference, psi, a[block], config))
         result = psi
-        if q is not None:
+        if b is not None:
             total.copy_(psi)
-            _subtract(difference, p, q, None, 1)
+            _subtract(difference, p, next(views), None, 1)
             prior_terms.append(_weighted_error(difference, psi, b[block], config))
             result = total.add_(psi)
-        if g is not None:
-            g.copy_(result)
+        if write_gradient:
+            next(views).copy_(result)
     target_term = torch.stack(target_terms).sum()
     prior_term = torch.stack(prior_terms).sum() if prior_terms else torch.zeros_like(target_term)
     return target_term, prior_term, gradient
@@ -173,23 +176,17 @@ def _weighted_error(
     return torch.dot(difference.view(-1), psi.view(-1))
 
 
-def _with_one_axis_of_positions(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _with_one_axis_of_positions(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors as views (B, C, 1, 1, P), if the strides of all of them allow it; otherwise as they came."""
-
-    def allows(tensor: torch.Tensor) -> bool:
-        _, _, frames, height, width = tensor.shape
-        _, _, stride_f, stride_h, stride_w = tensor.stride()
-        return (height == 1 or stride_h == width * stride_w) and (frames == 1 or stride_f == height * width * stride_w)
-
-    if not all(tensor is None or allows(tensor) for tensor in tensors):
+    steps = [position_stride(tensor) for tensor in tensors]
+    if None in steps:
         return tensors
-
-    def flat(tensor: torch.Tensor) -> torch.Tensor:
-        batch, channels, frames, height, width = tensor.shape
-        stride_b, stride_c, _, _, stride_w = tensor.stride()
-        return tensor.as_strided((batch, channels, 1, 1, frames * height * width), (stride_b, stride_c, 0, 0, stride_w))
-
-    return [None if tensor is None else flat(tensor) for tensor in tensors]
+    views = []
+    batch, channels, frames, height, width = tensors[0].shape
+    shape = (batch, channels, 1, 1, frames * height * width)
+    for tensor, step in zip(tensors, steps, strict=True):
+        views.append(tensor.as_strided(shape, (tensor.stride(0), tensor.stride(1), 0, 0, step or 0)))
+    return views
 
 
 def _blocks(shape: torch.Size, block_size: int) -> Iterator[tuple[slice, ...]]:
