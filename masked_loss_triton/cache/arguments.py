@@ -9,16 +9,18 @@ from masked_loss_triton.cache.dataset_config import ARCHITECTURES, MASK_KEYS, Da
 from masked_loss_triton.errors import UserError
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--dataset_config, --mask_config, --arch and the mask flags."""
-    parser.add_argument("--dataset_config", required=True, metavar="TOML", help="the trainer's dataset file")
+    parser.add_argument("--dataset_config", required=required, metavar="TOML", help="the trainer's dataset file")
     parser.add_argument(
         "--mask_config",
         metavar="TOML",
         help="a second file with the mask keys, [general] and [[datasets]] in the same order: the trainer refuses keys "
         "that it does not know",
     )
-    parser.add_argument("--arch", required=True, choices=sorted(ARCHITECTURES), help="the model family of the caches")
+    parser.add_argument(
+        "--arch", required=required, choices=sorted(ARCHITECTURES), help="the model family of the caches"
+    )
     sources = parser.add_argument_group("where masks are, in this order (also keys of the dataset file)")
     switch: Any = argparse.BooleanOptionalAction
     sources.add_argument("--alpha_mask", action=switch, default=None, help="the alpha channel is the mask")

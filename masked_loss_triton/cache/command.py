@@ -27,14 +27,13 @@ def run(args: argparse.Namespace) -> int:
     from masked_loss_triton.cache.dataset_config import ARCHITECTURES
     from masked_loss_triton.cache.inject import (
         Outcome,
-        default_workers,
         inject,
         prepare,
         remove_weights,
-        run_parallel,
     )
-    from masked_loss_triton.cache.progress import Progress
     from masked_loss_triton.errors import UserError
+    from masked_loss_triton.masks.parallel import default_workers, run_parallel
+    from masked_loss_triton.masks.progress import Progress
 
     if args.workers < 0:
         raise UserError(f"--workers must be 1 or more, got {args.workers}", 2)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 
 from masked_loss_triton.cache.dataset_config import Architecture, Dataset
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
-from masked_loss_triton.cache.tensor_file import TensorFile, read_header, remove_leftovers, rewrite
+from masked_loss_triton.cache.tensor_file import TensorFile, read_header, rewrite
 from masked_loss_triton.cache.weights import (
     Inputs,
     Weights,
@@ -22,12 +19,11 @@ from masked_loss_triton.cache.weights import (
     find_inputs,
 )
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.atomic import remove_leftovers
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
 METADATA_PREFIX = "mask_"
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,30 +185,3 @@ def remove_weights(item: CacheItem, dry_run: bool = False) -> Outcome:
 def _is_current(file: TensorFile, shape: LatentShape, inputs: Inputs, dtype: str) -> bool:
     names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
     return names == [weights_key(shape, dtype)] and file.metadata.get("mask_hash") == inputs.digest
-
-
-def default_workers() -> int:
-    """One thread per core: decoding, resizing and hashing release the interpreter lock."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(count, 16))
-
-
-def run_parallel(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> Iterator[R]:
-    """Yields the results of `work` as they come; only a few jobs per worker are in flight, so that memory stays flat."""
-    waiting = iter(jobs)
-    with ThreadPoolExecutor(workers) as pool:
-        running: set[Future[R]] = set()
-        exhausted = False
-        try:
-            while running or not exhausted:
-                while not exhausted and len(running) < 2 * workers:
-                    try:
-                        running.add(pool.submit(work, next(waiting)))
-                    except StopIteration:
-                        exhausted = True
-                done, running = wait(running, return_when=FIRST_COMPLETED) if running else (set(), running)
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in running:
-                future.cancel()

@@ -1,31 +1,25 @@
 """Adding tensors to a safetensors file and taking them out, without touching a byte of the others.
 
-The file is never changed in place: the new contents go to a temporary file beside it, to the disk, and then over the old
-name in one step. Whatever happens, the name holds the old or the new file.
+The file is never changed in place: whatever happens, its name holds the old or the new contents.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import re
-import shutil
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.atomic import replace_file
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 NUMPY_NAMES = {"float16": "F16", "float32": "F32"}
-# Not *.safetensors: the trainers look for caches by that ending and would train on half a file.
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.masktmp")
 
 
 @dataclasses.dataclass
@@ -46,12 +40,15 @@ class TensorFile:
     metadata_first: bool = True
 
     def read(self, name: str) -> np.ndarray:
-        """One float16, float32 or int32 tensor as a numpy array."""
+        """One tensor as a numpy array: float16, float32 and int32 as they are, bfloat16 as float32."""
         entry = self.tensors[name]
         begin, end = entry["data_offsets"]
         with open(self.path, "rb") as file:
             file.seek(self.data_start + begin)
             data = file.read(end - begin)
+        if entry["dtype"] == "BF16":
+            # bfloat16 is the upper half of a float32.
+            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
         dtype = {"F16": np.float16, "F32": np.float32, "I32": np.int32}[entry["dtype"]]
         return np.frombuffer(data, dtype).reshape(entry["shape"])
 
@@ -174,55 +171,3 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, length: int) -> None:
             raise OSError(5, "the file became shorter while it was read")
         target.write(block)
         length -= len(block)
-
-
-def replace_file(path: str | os.PathLike[str], write: Any) -> None:
-    """Calls `write(file)` on a temporary file in the same folder, brings it to the disk and puts it in place of `path`.
-
-    Raises:
-        UserError: naming the file, when it cannot be written. The old file stays, the temporary one goes.
-    """
-    # A link keeps pointing where it did: the file it points to is replaced.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.masktmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            if target.exists():
-                shutil.copymode(target, temporary)
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): the old file is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def remove_leftovers(folder: str | os.PathLike[str]) -> int:
-    """Deletes temporary files that a killed run left in a folder; those of running processes stay. Returns how many."""
-    removed = 0
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = TEMPORARY.fullmatch(entry.name)
-            if match and not _is_running(int(match["pid"])):
-                with contextlib.suppress(OSError):
-                    if stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-                        os.unlink(entry.path)
-                        removed += 1
-    return removed
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if os.name == "nt":  # os.kill would end the process there
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

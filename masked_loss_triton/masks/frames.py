@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.reading import read_alpha, read_mask_file, to_float, unreadable
+from masked_loss_triton.masks.reading import read_alpha, read_mask_file, read_picture, to_float, unreadable
 
 # As musubi-tuner looks for them, both cases.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
@@ -70,6 +70,14 @@ def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return stream.width, stream.height
 
 
+def clip_frame_count(path: str | os.PathLike[str]) -> int:
+    """Number of frames of a clip as its container says, or 0 where it does not say; pictures in a folder."""
+    if os.path.isdir(path):
+        return len(frame_files(path, IMAGE_EXTENSIONS))
+    with _Video(path) as stream:
+        return stream.frames
+
+
 def read_frames(path: str | os.PathLike[str], alpha: bool = False) -> Iterator[np.ndarray]:
     """The frames of a mask, one after the other, each (H, W) uint8: a folder of pictures or a video.
 
@@ -96,6 +104,21 @@ def read_frames(path: str | os.PathLike[str], alpha: bool = False) -> Iterator[n
             else:
                 # Through RGB: swscale leaves limited-range luma as it is when asked for grey, so white would be 235.
                 yield np.array(frame.to_image().convert("L"))
+
+
+def read_clip(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
+    """The frames of a clip, (H, W, 3) uint8: a folder of pictures or a video, as the trainer sees them.
+
+    Raises:
+        UserError: naming the file, when a frame cannot be read.
+    """
+    if os.path.isdir(path):
+        for file in frame_files(path, IMAGE_EXTENSIONS):
+            yield read_picture(file, exif=False).rgb
+        return
+    with _Video(path) as stream:
+        for frame in stream.container.decode(stream):
+            yield frame.to_ndarray(format="rgb24")
 
 
 def has_alpha_frames(path: str | os.PathLike[str]) -> bool:

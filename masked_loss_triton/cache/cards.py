@@ -1,0 +1,159 @@
+"""Drawing: one card per picture or clip with its mask, its final weights and their histogram; sheets of cards."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PANEL = 224  # longest side of a panel, pixels
+STRIP = 140  # longest side of a frame of the strip, pixels
+MAX_STRIP = 7
+GAP, TEXT = 10, 18
+BACKGROUND, INK, FAINT, ACCENT = (250, 250, 248), (30, 30, 34), (130, 130, 138), (196, 30, 58)
+EDGE = (206, 206, 202)
+BINS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is shown of one item.
+
+    Args:
+        name: heading.
+        facts: lines of text below it.
+        picture_label: what the pictures are.
+        pictures: F arrays (H, W, 3) uint8, one for each time step or layer, or fewer: the last one is repeated.
+        mask: (H, W) float32, the mask before it became weights.
+        raw: (F, h, w) float32 in [0, 1], the weights in the cache.
+        weights: (F, h, w) float32, after all options of the loss.
+    """
+
+    name: str
+    facts: list[str]
+    picture_label: str
+    pictures: list[np.ndarray]
+    mask: np.ndarray
+    raw: np.ndarray
+    weights: np.ndarray
+
+
+def overlay(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The picture where the weight is 1, a dark red print of it where the weight is 0; the cells stay visible.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        weights: (h, w) float32.
+    """
+    size = (picture.shape[1], picture.shape[0])
+    w = np.asarray(Image.fromarray(weights.astype(np.float32)).resize(size, Image.Resampling.NEAREST))
+    w = np.clip(w, 0, 1)[..., None]
+    grey = picture.astype(np.float32).mean(axis=2, keepdims=True)
+    outside = 0.4 * grey + 0.5 * np.array(ACCENT, np.float32)
+    return np.rint(w * picture + (1 - w) * outside).clip(0, 255).astype(np.uint8)
+
+
+def draw(card: Card) -> Image.Image:
+    """One card: picture, mask, weights over the picture, histogram; below them a strip over time for clips."""
+    heading, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    last = len(card.pictures) - 1
+    middle = len(card.weights) // 2
+    picture = card.pictures[min(middle, last)]
+    mask = np.rint(card.mask * 255).astype(np.uint8)
+    panels = [
+        (card.picture_label, fit(Image.fromarray(picture), PANEL)),
+        ("mask", fit(Image.fromarray(mask).convert("RGB"), PANEL)),
+        ("weights", fit(Image.fromarray(overlay(picture, card.weights[middle])), PANEL)),
+        ("histogram of weights", histogram(card.weights)),
+    ]
+    strip = []
+    if len(card.weights) > 1:
+        chosen = np.unique(np.linspace(0, len(card.weights) - 1, min(len(card.weights), MAX_STRIP)).round().astype(int))
+        for step in chosen:
+            pixels = overlay(card.pictures[min(step, last)], card.weights[step])
+            strip.append((f"t={step}  {card.weights[step].mean():.2f}", fit(Image.fromarray(pixels), STRIP)))
+    top = 2 * GAP + TEXT * (1 + len(card.facts))
+    row = max(panel.height for _, panel in panels) + TEXT
+    strip_row = max((frame.height for _, frame in strip), default=0) + TEXT + GAP if strip else 0
+    sheet = Image.new("RGB", (5 * GAP + 4 * PANEL, top + row + strip_row + GAP), BACKGROUND)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), card.name, INK, heading)
+    for line, fact in enumerate(card.facts, 1):
+        pen.text((GAP, GAP + 4 + TEXT * line), fact, FAINT, small)
+    for column, (label, panel) in enumerate(panels):
+        x = GAP + column * (PANEL + GAP)
+        pen.text((x, top), label, FAINT, small)
+        sheet.paste(panel, (x, top + TEXT))
+        # A white mask would vanish in the page.
+        pen.rectangle((x - 1, top + TEXT - 1, x + panel.width, top + TEXT + panel.height), outline=EDGE)
+    x = GAP
+    for label, frame in strip:
+        pen.text((x, top + row + GAP), label, FAINT, small)
+        sheet.paste(frame, (x, top + row + GAP + TEXT))
+        x += frame.width + GAP
+    pen.line((0, sheet.height - 1, sheet.width, sheet.height - 1), EDGE)
+    return sheet
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """The image in a square of this side; small ones are enlarged without smoothing, so that cells stay visible."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+
+
+def histogram(weights: np.ndarray) -> Image.Image:
+    """Shares of the weights in 20 bins from 0 to 1; the axis ends at the largest share."""
+    counts, _ = np.histogram(np.clip(weights, 0, 1), BINS, (0, 1))
+    share = counts / max(counts.sum(), 1)
+    image = Image.new("RGB", (PANEL, PANEL * 3 // 4), (255, 255, 255))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    floor, left, right = image.height - 18, 6, PANEL - 6
+    height = floor - 20
+    for index, value in enumerate(share):
+        x0 = left + (right - left) * index / BINS
+        x1 = left + (right - left) * (index + 1) / BINS - 1
+        bar = height * value / max(share.max(), 1e-9)
+        if value:
+            pen.rectangle((x0, floor - max(bar, 1), x1, floor), (70, 90, 150))
+    pen.line((left, floor, right, floor), FAINT)
+    for label, x in (("0", left), ("0.5", PANEL / 2 - 8), ("1", right - 6)):
+        pen.text((x, floor + 3), label, FAINT, font)
+    pen.text((left, 4), f"top {share.max():.0%}", FAINT, font)
+    return image
+
+
+def sheet(images: list[Image.Image]) -> Image.Image:
+    """The cards in one picture: one column, or two from the seventh card on."""
+    columns = 1 if len(images) <= 6 else 2
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) for row in rows]
+    whole = Image.new("RGB", (columns * images[0].width, sum(heights)), BACKGROUND)
+    y = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            whole.paste(image, (column * image.width, y))
+        y += height
+    return whole
+
+
+def page(title: str, cards: list[Card], images: list[Image.Image], notes: list[str]) -> str:
+    """One HTML file with everything in it."""
+    parts = []
+    for card, image in zip(cards, images, strict=True):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        alt = html.escape(f"{card.name}: {'; '.join(card.facts)}", quote=True)
+        parts.append(f'<img loading="lazy" alt="{alt}" src="data:image/png;base64,{data}">')
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;background:#fafaf8;color:#1e1e22}"
+        "img{display:block;max-width:100%;height:auto}</style>"
+        f"<h1>{html.escape(title)}</h1>{said}{''.join(parts)}</html>\n"
+    )
