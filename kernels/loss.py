@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.strides import common_divisor, position_stride, span
+from masked_loss_triton.kernels.strides import common_divisor, position_stride, span, used_strides
 from masked_loss_triton.kernels.weights import (
     MIN_RAW,
     SUM_OVERLAP,
@@ -233,6 +233,7 @@ def loss_kernel(
     FLAT: tl.constexpr,
     MASK_FLAT: tl.constexpr,
     DIVISOR: tl.constexpr,
+    MASK_DIVISOR: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -286,16 +287,9 @@ def loss_kernel(
     else:
         if HAS_MASK:
             mask_offsets = offsets_of(
-                position,
-                frame,
-                row,
-                column,
-                mask_stride_f * DIVISOR,
-                mask_stride_h * DIVISOR,
-                mask_stride_w,
-                MASK_FLAT,
+                position, frame, row, column, mask_stride_f, mask_stride_h, mask_stride_w, MASK_FLAT
             )
-            m = tl.load(mask_ptr + long_b * (mask_stride_b * DIVISOR) + mask_offsets, mask=inside, other=0)
+            m = tl.load(mask_ptr + long_b * (mask_stride_b * MASK_DIVISOR) + mask_offsets, mask=inside, other=0)
             m = binarized_and_inverted(read(m, IS_UINT8), binarize, HAS_BINARIZE, INVERT)
         else:
             m = tl.full((1, BLOCK_P), 1.0, tl.float32)
@@ -544,36 +538,32 @@ def launch_loss(
     tensors: dict[str, torch.Tensor | None] = {"pred": pred, "target": target, "latents": latents, "prior": prior}
     tensors["gradient"] = gradient if write_gradient else None
     present = [tensor for tensor in tensors.values() if tensor is not None]
-    steps = [position_stride(tensor) for tensor in present]
-    flat = all(step is not None for step in steps)
+    flat = all(position_stride(tensor) is not None for tensor in present)
     direct_mask = mask if weights.w is None else None
     mask_flat = direct_mask is not None and direct_mask.shape[1] == frames and position_stride(direct_mask) == 1
     channels_innermost = channels > 1 and pred.stride(1) == 1 and positions > 1
 
-    numbers = [positions]
-    for tensor in present:
-        numbers += tensor.stride()[:2] if flat else tensor.stride()[:4]
-    if direct_mask is not None:
-        numbers += direct_mask.stride()[:1] if mask_flat else direct_mask.stride()[:3]
-    divisor = common_divisor(numbers, 16)
+    steps = {name: used_strides(tensor) for name, tensor in tensors.items() if tensor is not None}
+    divisor = common_divisor(
+        [positions, *(step for all in steps.values() for step in (all[:2] if flat else all[:4]))], 16
+    )
     wide = max(span(tensor) for tensor in present) >= 2**31
-
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
-        values = (0,) * 5 if tensor is None else tensor.stride()
-        step = values[4] if tensor is None or not flat else position_stride(tensor)
-        for axis, value in zip("bcfh", values, strict=False):
-            strides[f"{name}_stride_{axis}"] = value // divisor
-        strides[f"{name}_stride_w"] = step or 0
-    mask_strides = (0,) * 4 if direct_mask is None else direct_mask.stride()
-    per_batch = 0 if direct_mask is None or direct_mask.shape[0] == 1 else mask_strides[0]
-    per_frame = 0 if direct_mask is None or direct_mask.shape[1] == 1 else mask_strides[1]
+        step_b, step_c, step_f, step_h, step_w = steps.get(name, (0,) * 5)
+        if flat and tensor is not None:
+            step_w = position_stride(tensor) or 0
+        values = (step_b // divisor, step_c // divisor, step_f // divisor, step_h // divisor, step_w)
+        strides |= {f"{name}_stride_{axis}": value for axis, value in zip("bcfhw", values, strict=True)}
+    mask_steps = (0,) * 4 if direct_mask is None else used_strides(direct_mask)
+    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat else 1
     strides |= dict(
-        mask_stride_b=per_batch // divisor,
-        mask_stride_f=per_frame // divisor,
-        mask_stride_h=mask_strides[2] // divisor,
-        mask_stride_w=1 if mask_flat else mask_strides[3],
+        mask_stride_b=mask_steps[0] // mask_divisor,
+        mask_stride_f=mask_steps[1],
+        mask_stride_h=mask_steps[2],
+        mask_stride_w=1 if mask_flat else mask_steps[3],
     )
+
     launch = LossLaunch.choose(
         batch, channels, positions, pred.element_size(), channels_innermost, _multiprocessors(device)
     )
@@ -636,6 +626,7 @@ def launch_loss(
         FLAT=flat,
         MASK_FLAT=mask_flat,
         DIVISOR=divisor,
+        MASK_DIVISOR=mask_divisor,
         OFFSET=tl.int64 if wide else tl.int32,
         # At least one element per thread: fewer would be read once by every warp.
         BLOCK_TILES=max(32 * launch.num_warps, triton.next_power_of_2(min(1024, tiles * per_sum))),

@@ -19,6 +19,11 @@ def position_stride(tensor: torch.Tensor) -> int | None:
     return 1 if stride is None else stride
 
 
+def used_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides, 0 where an axis has one element: what stands there then is arbitrary, and would only look odd."""
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def span(tensor: torch.Tensor) -> int:
     """Number of elements between the first and the last element of one sample, both included."""
     return 1 + sum((size - 1) * abs(step) for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))

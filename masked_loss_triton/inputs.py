@@ -155,9 +155,10 @@ def canonical_mask(
     return mask
 
 
-def _per_sample(
+def per_sample_numbers(
     name: str, value: Any, pred: torch.Tensor, batch: int, accepted: tuple[torch.dtype, ...]
 ) -> torch.Tensor:
+    """A view (B,) of a tensor that holds one number per sample, or one for all, on pred's device."""
     tensor = _tensor(name, value)
     _dtype(name, tensor, accepted)
     _same_device(name, tensor, pred)
@@ -235,15 +236,15 @@ def describe(
         mask = canonical_mask(mask, (batch, frames, height, width), image=pred.dim() == 4, layered=layout == "layered")
         _same_device("mask", mask, pred)
     if weighting is not None:
-        weighting = _per_sample("weighting", weighting, pred, batch, FLOAT_DTYPES)
+        weighting = per_sample_numbers("weighting", weighting, pred, batch, FLOAT_DTYPES)
     if prior_gate is not None:
-        prior_gate = _per_sample("prior_gate", prior_gate, pred, batch, (*FLOAT_DTYPES, torch.bool))
+        prior_gate = per_sample_numbers("prior_gate", prior_gate, pred, batch, (*FLOAT_DTYPES, torch.bool))
         if prior is None:
             raise ValueError(
                 "prior_gate was given without prior, and has nothing to gate: give prior=, or drop prior_gate"
             )
     if mask_gate is not None:
-        mask_gate = _per_sample("mask_gate", mask_gate, pred, batch, (torch.bool,))
+        mask_gate = per_sample_numbers("mask_gate", mask_gate, pred, batch, (torch.bool,))
     return LossInputs(
         pred=canonical_pred,
         target=canonical_target,
@@ -269,7 +270,7 @@ def _prior_weight(
     if isinstance(value, torch.Tensor):
         if not config.per_sample and value.numel() != 1:
             raise ValueError("prior_weight with one value per sample needs a config with per_sample=True")
-        return _per_sample("prior_weight", value, pred, batch, FLOAT_DTYPES)
+        return per_sample_numbers("prior_weight", value, pred, batch, FLOAT_DTYPES)
     if value is not None:
         checked = checked_prior_weight(value, config.per_sample)
     if isinstance(checked, tuple):

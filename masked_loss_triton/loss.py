@@ -10,7 +10,14 @@ import torch
 from masked_loss_triton import weights
 from masked_loss_triton.backend import BACKENDS, choose, implementation
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import FlowTarget, canonical_mask, describe, refuse_gradients
+from masked_loss_triton.inputs import (
+    FLOAT_DTYPES,
+    FlowTarget,
+    canonical_mask,
+    describe,
+    per_sample_numbers,
+    refuse_gradients,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,7 +145,10 @@ def mask_weights(
     like = torch.empty(0) if mask is None else mask
     if mask is not None:
         mask = canonical_mask(mask, shape)
-    prior_gate, mask_gate = (None if gate is None else gate.expand(batch) for gate in (prior_gate, mask_gate))
+    if prior_gate is not None:
+        prior_gate = per_sample_numbers("prior_gate", prior_gate, like, batch, (*FLOAT_DTYPES, torch.bool))
+    if mask_gate is not None:
+        mask_gate = per_sample_numbers("mask_gate", mask_gate, like, batch, (torch.bool,))
     raw = weights.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
     w, v = weights.target_and_prior_weights(raw, config, prior_gate, mask_gate)
     return w.expand(shape), v.expand(shape)
