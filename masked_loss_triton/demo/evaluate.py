@@ -1,0 +1,94 @@
+"""What a tuned model learned, measured on noise and times that no training saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from masked_loss_triton.demo.model import captions, predict
+from masked_loss_triton.demo.training import Examples, noisy_latents
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+NOISES = 2  # per photograph and time
+EVALUATION_SEED = 90210  # one test for every run of the demo, whatever its --seed
+SHOWN_TIME = (
+    0.7  # the noise level of the pictures in the report: the photograph is there, under 2.3 times as much noise
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean squared errors over every photograph, time and noise of the test; latents have about unit variance.
+
+    inside, outside: error of the predicted velocity, weighted with the mask m and with 1 - m.
+    drift_inside, drift_outside: squared distance from the base model's prediction, weighted in the same ways.
+    drift_map: (N, h, w) on the CPU, the distance at each latent position, averaged over channels, times and noises.
+    """
+
+    inside: float
+    outside: float
+    drift_inside: float
+    drift_outside: float
+    drift_map: Tensor
+
+
+class Test:
+    """The fixed test of one run: the noise, the times and the base model's answers to them."""
+
+    __test__ = False  # not a pytest class, whatever its name
+
+    def __init__(self, base: WanTransformer3DModel, subjects: Examples) -> None:
+        assert subjects.masks is not None
+        self.subjects = subjects
+        self.masks = subjects.masks.unsqueeze(1)  # (N, 1, 1, h, w): against latents (N, C, 1, h, w)
+        device = subjects.latents.device
+        self.text = captions(subjects.names, device)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        shape = subjects.latents.shape
+        self.noises = [torch.randn(shape, generator=generator).to(device) for _ in range(NOISES)]
+        self.base_answers = [answer for _, answer in self._answers(base)]
+
+    def _answers(self, model: WanTransformer3DModel) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each noise and time: the noise and the model's prediction for all N photographs."""
+        for noise in self.noises:
+            for time in TIMES:
+                yield noise, self.predict_at(model, noise, time)
+
+    @torch.no_grad()
+    def predict_at(self, model: WanTransformer3DModel, noise: Tensor, time: float) -> Tensor:
+        times = torch.full((len(noise),), time, device=noise.device)
+        return predict(model, noisy_latents(self.subjects.latents, noise, times), times, self.text)
+
+    def score(self, model: WanTransformer3DModel) -> Scores:
+        """Measures one model."""
+        latents = self.subjects.latents
+        error, drift = torch.zeros_like(latents[:, 0, 0]), torch.zeros_like(latents[:, 0, 0])
+        for (noise, answer), base_answer in zip(self._answers(model), self.base_answers, strict=True):
+            error += (answer - (noise - latents)).square().mean(dim=(1, 2))
+            drift += (answer - base_answer).square().mean(dim=(1, 2))
+        error, drift = error / len(self.base_answers), drift / len(self.base_answers)
+        inside = self.masks[:, 0, 0]
+        return Scores(
+            inside=_weighted_mean(error, inside),
+            outside=_weighted_mean(error, 1 - inside),
+            drift_inside=_weighted_mean(drift, inside),
+            drift_outside=_weighted_mean(drift, 1 - inside),
+            drift_map=drift.cpu(),
+        )
+
+    def pictures(self, model: WanTransformer3DModel) -> Tensor:
+        """One-step predictions of the clean latents from noise level SHOWN_TIME, x_0 = x_t - t v: (N, 16, 1, h, w)."""
+        noise = self.noises[0]
+        times = torch.full((len(noise),), SHOWN_TIME, device=noise.device)
+        noisy = noisy_latents(self.subjects.latents, noise, times)
+        return noisy - SHOWN_TIME * self.predict_at(model, noise, SHOWN_TIME)
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> float:
+    """In float64, each photograph counting by its share of the weight, as the loss itself counts."""
+    values, weights = values.double(), weights.double()
+    return float((values * weights).sum() / weights.sum())

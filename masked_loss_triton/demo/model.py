@@ -1,0 +1,85 @@
+"""The tiny WAN transformer, its LoRA, and the files both are saved in."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from masked_loss_triton.demo.encoder import CHANNELS
+
+TEXT_TOKENS = 4
+TEXT_WIDTH = 32
+MODEL_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 24,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 64,
+    "ffn_dim": 288,
+    "num_layers": 3,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
+LORA_RANK = 16
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+def build_model(seed: int, device: torch.device) -> WanTransformer3DModel:
+    """A freshly initialised transformer: the real architecture, half a million parameters. The same seed, the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(**MODEL_CONFIG).to(device)
+
+
+def with_lora(base: WanTransformer3DModel, seed: int) -> WanTransformer3DModel:
+    """A copy of `base`, frozen, with a new LoRA on every attention and feed-forward matrix; `base` stays as it is."""
+    model = WanTransformer3DModel.from_config(base.config).to(base.device)
+    model.load_state_dict(base.state_dict())
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
+    return model
+
+
+def save_lora(model: WanTransformer3DModel, path: Path) -> None:
+    """Writes the LoRA as diffusers' pipelines do: keys under `transformer.`, alpha in the metadata.
+
+    `model.save_lora_adapter` is not used: it writes neither the prefix that `load_lora_adapter` expects by default nor,
+    because it goes through a set, the same bytes on every run.
+    """
+    layers = get_peft_model_state_dict(model, adapter_name="default")
+    tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in sorted(layers.items())}
+    adapter = {"r": LORA_RANK, "lora_alpha": LORA_RANK, "target_modules": LORA_TARGETS}
+    metadata = {f"transformer.{name}": value for name, value in adapter.items()}
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
+
+
+def caption(name: str) -> Tensor:
+    """What stands for the words "a photo of NAME": float32 (4, 32), random but always the same for one name.
+
+    No text encoder can be shipped either; all the model needs is a different condition for each subject.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(TEXT_TOKENS, TEXT_WIDTH, generator=generator)
+
+
+def captions(names: Sequence[str], device: torch.device) -> Tensor:
+    """float32 (len(names), 4, 32)."""
+    return torch.stack([caption(name) for name in names]).to(device)
+
+
+def predict(model: WanTransformer3DModel, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    """The predicted velocity, (B, C, F, H, W), for noisy latents of that shape at times in (0, 1), shape (B,)."""
+    return model(noisy, time * 1000, text, return_dict=False)[0]

@@ -1,0 +1,93 @@
+"""The page of the report: one file without scripts, fonts or anything else from elsewhere."""
+
+from __future__ import annotations
+
+from string import Template
+
+FIGURE = Template(
+    """<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,$dark">
+<img alt="$alt" src="data:image/png;base64,$light"></picture><figcaption>$caption</figcaption></figure>"""
+)
+
+PAGE = Template(
+    """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>masked_loss_triton: the demo's report</title>
+<style>
+:root { --paper: #ffffff; --ink: #1d2127; --quiet: #5c636e; --line: #d9dce1; --best: #e7f2fb; --yes: #00704f; --no: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181c; --ink: #e8eaed; --quiet: #a2a9b4; --line: #363b43; --best: #1d3447; --yes: #4fd0a5; --no: #ff8a80; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 4rem 1.5rem 6rem; }
+p, ul, h1, h2, .lead { max-width: 42rem; }
+h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 1rem; }
+h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -0.01em; margin: 4rem 0 0.75rem; }
+.lead { font-size: 1.15rem; color: var(--quiet); margin: 0 0 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1.5rem 0; }
+.wide { overflow-x: auto; }
+th, td { padding: 0.5rem 1.1rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { font-weight: 500; }
+thead th { color: var(--quiet); font-size: 0.88rem; }
+tr.base th, tr.base td { color: var(--quiet); }
+td.best { background: var(--best); font-weight: 650; }
+.facts th { color: var(--quiet); vertical-align: top; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.verdicts { list-style: none; padding: 0; }
+.verdicts li { padding: 0.3rem 0 0.3rem 6.2rem; position: relative; }
+.verdicts span { position: absolute; left: 0; font-weight: 650; }
+.yes span { color: var(--yes); }
+.no span { color: var(--no); }
+figure { margin: 1.5rem 0 0; }
+img { display: block; width: 100%; height: auto; }
+figcaption { max-width: 42rem; margin-top: 0.75rem; color: var(--quiet); font-size: 0.92rem; line-height: 1.5; }
+code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<main>
+<h1>It learned the subject and left the background alone</h1>
+<p class="lead">One small video transformer, four LoRAs. They start from the same weights and see the same photographs, the
+same noise and the same times. Only the loss differs.</p>
+<div class="wide">$table</div>
+<ul class="verdicts">$verdicts</ul>
+<p>Errors are mean squared errors of the predicted velocity on noise and times that no training saw, weighted with the mask
+(inside) or with what the mask leaves out (outside). Drift is the squared distance from what the base model predicts there.
+Lower is better; the best of each column is marked. A low error outside is not what these LoRAs are for: it means that the
+background was learned as well.</p>
+
+<h2>What the models predict</h2>
+$predictions
+
+<h2>Where the model changed</h2>
+$drifts
+
+<h2>Photographs and masks</h2>
+$photos
+
+<h2>While they were trained</h2>
+$curves
+
+<h2>How it was made</h2>
+<p>Masks by OpenCV's GrabCut unless the photographs came with their own. They are stored as the alpha channel of a PNG, read
+back, averaged to the size of the latents, and kept in the latent caches, where training finds them: the same way they take in
+a real trainer. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
+pictures. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
+<p><strong>What it is not.</strong> No weights of a real VAE or text encoder can be shipped with a package, and none are
+downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, decoded by its transpose) and a random vector
+for each caption. The model has half a million parameters and minutes of training, so its pictures are coarse, and each subject has one
+photograph, on which it is also tested. What carries over to a real model is the loss and the path of the masks, not the
+pictures.</p>
+<table class="facts">$facts</table>
+</main>
+</body>
+</html>
+"""
+)
