@@ -38,6 +38,9 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     pixels.add_argument("--mask_seed", type=int, metavar="N", help="seed of that draw")
     pixels.add_argument("--mask_time", choices=("mean", "max"), help="over the frames of one latent frame")
     pixels.add_argument(
+        "--mask_bake_invert", action=switch, default=None, help="1 - mask in the cache; items without mask stay full"
+    )
+    pixels.add_argument(
         "--mask_bake_gamma", type=float, metavar="G", help="gamma in the cache; else it stays at training time"
     )
     pixels.add_argument(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 HELP = "Add mask weights to existing latent caches, without encoding anything again."
 EXAMPLE = "masked-loss cache --dataset_config dataset.toml --arch wan --alpha_mask --mask_directory masks"
@@ -17,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
+    parser.add_argument(
+        "--encode",
+        nargs=argparse.REMAINDER,
+        metavar="ARG",
+        help="run the trainer's own caching script first, in this process, and mask each cache as it is written; "
+        "everything after this flag goes to the script",
+    )
     parser.add_argument("--remove", action="store_true", help="take weights and their metadata out of the caches")
 
 
@@ -25,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from masked_loss_triton.cache.arguments import datasets_from
     from masked_loss_triton.cache.dataset_config import ARCHITECTURES
+    from masked_loss_triton.cache.encode import run_caching_script
     from masked_loss_triton.cache.inject import (
         Outcome,
         inject,
@@ -37,8 +47,29 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers < 0:
         raise UserError(f"--workers must be 1 or more, got {args.workers}", 2)
+    if args.encode is not None and (args.remove or args.dry_run):
+        raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
     architecture = ARCHITECTURES[args.arch]
-    prepared = [prepare(dataset, architecture) for dataset in datasets_from(args, need_source=not args.remove)]
+    datasets = datasets_from(args, need_source=not args.remove)
+    prepared = [prepare(dataset, architecture) for dataset in datasets]
+    statuses: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    missing: list[str] = []
+
+    def report(outcome: Outcome, say: Callable[[str], None]) -> None:
+        statuses[outcome.status] += 1
+        if outcome.source:
+            sources[outcome.source] += 1
+        if outcome.source == "full" and len(missing) < MISSING_SHOWN:
+            missing.append(outcome.item.stem)
+        if outcome.message:
+            say(f"masked-loss cache: {outcome.message}")
+
+    if args.encode is not None:
+        seen: Counter[str] = Counter()
+        run_caching_script(args, prepared, lambda outcome: seen.update([outcome.status]))
+        print(f"{seen['written']} caches encoded and masked; now those that were there before", file=sys.stderr)
+        prepared = [prepare(dataset, architecture) for dataset in datasets]
     if not any(one.items for one in prepared):
         folders = ", ".join(str(one.dataset.cache_directory) for one in prepared)
         raise UserError(f"no {args.arch} latent caches in {folders}: run the trainer's caching script first")
@@ -50,23 +81,10 @@ def run(args: argparse.Namespace) -> int:
             return [remove_weights(item, args.dry_run) for item in items]
         return inject(one, items, dtype=args.dtype, dry_run=args.dry_run, force=args.force)
 
-    statuses: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
-    missing: list[str] = []
-
-    def report(outcome: Outcome, progress: Progress) -> None:
-        statuses[outcome.status] += 1
-        if outcome.source:
-            sources[outcome.source] += 1
-        if outcome.source == "full" and len(missing) < MISSING_SHOWN:
-            missing.append(outcome.item.stem)
-        if outcome.message:
-            progress.say(f"masked-loss cache: {outcome.message}")
-
     with Progress("masks", sum(len(one.items) for one in prepared)) as progress:
         for outcomes in run_parallel(work, jobs, args.workers or default_workers()):
             for outcome in outcomes:
-                report(outcome, progress)
+                report(outcome, progress.say)
             progress.advance(len(outcomes))
     names = {"written": "masks written", "unchanged": "up to date", "removed": "masks removed", "problem": "problems"}
     counts = ", ".join(f"{statuses[key]} {name}" for key, name in names.items() if statuses[key])

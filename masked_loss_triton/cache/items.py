@@ -137,20 +137,24 @@ def find_caches(dataset: Dataset, architecture: Architecture, sources: dict[str,
         return []
     except OSError as error:
         raise UserError(f"cache_directory {dataset.cache_directory} cannot be read ({error.strerror})", 2) from error
-    items = []
-    for name in names:
-        match = CACHE_NAME.fullmatch(name)
-        if not match or match["suffix"] not in architecture.suffixes:
-            continue
-        stem, window = match["stem"], None
-        if dataset.is_video:
-            clip = CLIP_NAME.fullmatch(stem)
-            if not clip:
-                continue
-            stem, window = clip["stem"], (int(clip["start"]), int(clip["count"]))
-        size = (int(match["width"]), int(match["height"]))
-        items.append(CacheItem(dataset.cache_directory / name, stem, size, window, sources.get(stem)))
-    return items
+    paths = (dataset.cache_directory / name for name in names)
+    return [item for path in paths if (item := parse_cache(path, dataset, architecture, sources)) is not None]
+
+
+def parse_cache(
+    path: Path, dataset: Dataset, architecture: Architecture, sources: dict[str, Source]
+) -> CacheItem | None:
+    """The item of a file name, or None where it is no latent cache of this architecture and kind of dataset."""
+    match = CACHE_NAME.fullmatch(path.name)
+    if not match or match["suffix"] not in architecture.suffixes:
+        return None
+    stem, window = match["stem"], None
+    if dataset.is_video:
+        clip = CLIP_NAME.fullmatch(stem)
+        if not clip:
+            return None
+        stem, window = clip["stem"], (int(clip["start"]), int(clip["count"]))
+    return CacheItem(path, stem, (int(match["width"]), int(match["height"])), window, sources.get(stem))
 
 
 def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architecture: Architecture) -> LatentShape:

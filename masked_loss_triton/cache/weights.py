@@ -136,9 +136,9 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
             )
         size = (mask.shape[1], mask.shape[0]) if index else item.size
         mask = align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
-        planes.append(_to_cells(mask, item, shape, dataset))
+        planes.append(dataset.operations.bake(_to_cells(mask, item, shape, dataset)))
     values = _place(np.stack(planes), item, file, shape, dataset)
-    return _weights(values, used, dataset)
+    return _weights(values, used)
 
 
 def compute_clip_weights(
@@ -164,7 +164,7 @@ def compute_clip_weights(
         return [_window(planes, item, shape, chosen, dataset) for item, shape in zip(items, shapes, strict=True)]
     _check_not_required(first, dataset)
     ones = [np.ones((shape.frames, shape.height, shape.width), np.float32) for shape in shapes]
-    return [_weights(values, [None], dataset) for values in ones]
+    return [_weights(values, [None]) for values in ones]
 
 
 def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Candidate, dataset: Dataset) -> Weights:
@@ -175,7 +175,7 @@ def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Can
         values = group_frames(frames, shape.frames, dataset.operations.mask_time)
     except ValueError as error:
         raise UserError(f"{item.path}: {error}; run the caching script again") from error
-    return _weights(values, [chosen], dataset)
+    return _weights(dataset.operations.bake(values), [chosen])
 
 
 def _clip_planes(
@@ -251,8 +251,11 @@ def _check_not_required(item: CacheItem, dataset: Dataset) -> None:
         raise UserError(f"{picture} has no mask, and require_mask is set: add one, or a default_mask")
 
 
-def _weights(values: np.ndarray, used: list[Candidate | None], dataset: Dataset) -> Weights:
-    baked = np.ascontiguousarray(dataset.operations.bake(values)[None], np.float32)
+def _weights(values: np.ndarray, used: list[Candidate | None]) -> Weights:
     kinds = [one.kind if one is not None else "full" for one in used]
     source = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
-    return Weights(baked, source, ",".join(one.path.name for one in used if one is not None))
+    return Weights(
+        np.ascontiguousarray(values[None], np.float32),
+        source,
+        ",".join(one.path.name for one in used if one is not None),
+    )

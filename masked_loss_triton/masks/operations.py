@@ -1,7 +1,8 @@
 """Pixel operations on masks, before they are brought to latent size: dilate, then blur.
 
-Inversion, gamma and floor are left to training time, where changing them costs no second caching; gamma and floor can be
-baked in at latent size for trainers that have no such option.
+Inversion, gamma and floor are left to training time, where changing them costs no second caching. They can be baked in at
+latent size for trainers that have no such option; inversion also for data where some items have no mask: their full weight
+would be inverted with the rest at training time, to nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class MaskOperations:
         mask_blur_random: draw the fraction of each item between 0 and `mask_blur`, from the seed and the item's name.
         mask_seed: seed of that draw.
         mask_time: "mean" or "max" over the frames of one latent frame.
+        mask_bake_invert: 1 - m in the cache, for items that have a mask.
         mask_bake_gamma: the weights are raised to this power in the cache; 1 leaves gamma to training time.
         mask_bake_min_weight: floor m (1 - u) + u in the cache, after gamma; 0 leaves it to training time.
 
@@ -36,6 +38,7 @@ class MaskOperations:
     mask_blur_random: bool = False
     mask_seed: int = 0
     mask_time: str = "mean"
+    mask_bake_invert: bool = False
     mask_bake_gamma: float = 1.0
     mask_bake_min_weight: float = 0.0
 
@@ -52,8 +55,9 @@ class MaskOperations:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 kind = "a whole number" if kinds == (int,) else "a number"
                 raise ValueError(f"{field} must be {kind} between {low:g} and {high:g}, got {value!r}")
-        if not isinstance(self.mask_blur_random, bool):
-            raise ValueError(f"mask_blur_random must be true or false, got {self.mask_blur_random!r}")
+        for field in ("mask_blur_random", "mask_bake_invert"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
         if self.mask_time not in ("mean", "max"):
             raise ValueError(f"mask_time must be 'mean' or 'max', got {self.mask_time!r}")
 
@@ -77,7 +81,9 @@ class MaskOperations:
         return blur(dilate(mask, self.mask_dilate), self.blur_fraction(item_name))
 
     def bake(self, weights: np.ndarray) -> np.ndarray:
-        """Gamma, then floor, on weights in [0, 1] at latent size: the order in which the loss applies them."""
+        """Inversion, gamma and floor on weights in [0, 1] at latent size: the order in which the loss applies them."""
+        if self.mask_bake_invert:
+            weights = 1 - weights
         if self.mask_bake_gamma != 1:
             weights = weights ** np.float32(self.mask_bake_gamma)
         u = np.float32(self.mask_bake_min_weight)
