@@ -1,0 +1,274 @@
+"""Runs the compiled kernels, instruction by instruction, on a CPU: results against the float64 reference, bytes, sectors, bounds.
+
+    EMULATOR=/folder/of/run_amd.py TINYGRAD=/a/tinygrad/checkout python -m bench.emulate [--all]
+
+The emulator (clang, a tinygrad checkout for its RDNA3 instruction model, and the harness run_amd.py) executes what Triton compiles
+for gfx1100 and refuses any access outside the tensors. It counts bytes exactly and says how full the 32-byte sectors of each access
+are; it has no clock. It runs about 10^5 elements a second, so long latents are shortened in time unless --all is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.cases import LATENTS, Call, Case, Latents, build
+from masked_loss_triton import MaskedLossConfig, masked_loss
+
+BF16, FP16 = torch.bfloat16, torch.float16
+MULTIPROCESSORS = 132  # those of an H100: the launchers split small inputs by them
+SECTOR = 32  # bytes
+
+# Frames are cut so that each case stays below 400,000 elements: rows and planes keep their real alignment.
+SHORT = {"16x21x60x104": 3, "16x33x90x160": 1, "16x7x68x120": 2}
+CASES = {
+    "26x38": Case(latents="16x1x26x38"),
+    "42x24": Case(latents="16x1x42x24"),
+    "21x60x104": Case(),
+    "33x90x160": Case(latents="16x33x90x160"),
+    "26x38 bf16": Case(latents="16x1x26x38", dtype=BF16),
+    "42x24 bf16": Case(latents="16x1x42x24", dtype=BF16),
+    "21x60x104 bf16": Case(dtype=BF16),
+    "26x38 fp16": Case(latents="16x1x26x38", dtype=FP16),
+    "26x38 bf16 pred, fp32 target": Case(latents="16x1x26x38", dtype=BF16, target_dtype=torch.float32),
+    "26x38 prior": Case(latents="16x1x26x38", prior=True),
+    "26x38 prior bf16": Case(latents="16x1x26x38", prior=True, dtype=BF16),
+    "26x38 flow bf16": Case(latents="16x1x26x38", flow=True, dtype=BF16),
+    "26x38 pixels uint8": Case(latents="16x1x26x38", mask="pixels uint8"),
+    "26x38 blur": Case(latents="16x1x26x38", config=MaskedLossConfig(blur_kernel_size=5)),
+    "26x38 stages": Case(
+        latents="16x1x26x38",
+        config=MaskedLossConfig(gamma=0.7, min_weight=0.05, loss_type="huber", per_sample=True),
+        batch=2,
+    ),
+    "26x38 channels last": Case(latents="16x1x26x38", memory="channels last"),
+    "7x68x120 layered": Case(latents="16x7x68x120", memory="layered"),
+}
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Of one tensor in one launch."""
+
+    loaded: int = 0
+    stored: int = 0
+    sectors: int = 0  # touched by each instruction of a wave, summed
+
+    @property
+    def fullness(self) -> float:
+        """Bytes asked for over bytes of the sectors that were moved for them."""
+        return (self.loaded + self.stored) / max(1, SECTOR * self.sectors)
+
+
+@dataclasses.dataclass
+class Result:
+    """One case on the emulator.
+
+    Args:
+        traffic: by kernel and tensor.
+        distinct: bytes that the launches asked memory for at least once each: what cannot be saved by any cache.
+        loss_error: relative; gradient_error: the largest of |gradient - truth| in units of the allowed error (see `run`).
+    """
+
+    name: str
+    elements: int
+    bytes_of_pred: int
+    launches: int
+    traffic: dict[tuple[str, str], Traffic]
+    distinct: int
+    loss_error: float
+    gradient_error: float
+    instructions: int
+
+    @property
+    def moved(self) -> int:
+        return sum(traffic.loaded + traffic.stored for traffic in self.traffic.values())
+
+
+def why_unavailable() -> str | None:
+    """None, or why the emulator cannot be used here."""
+    for name in ("EMULATOR", "TINYGRAD"):
+        if not os.path.isdir(os.environ.get(name, "")):
+            return f"set {name} to the folder of {'run_amd.py' if name == 'EMULATOR' else 'a tinygrad checkout'}"
+    return None
+
+
+def shortened(case: Case) -> Case:
+    """The same case with fewer frames, if it would take minutes."""
+    frames = SHORT.get(case.latents)
+    if frames is None:
+        return case
+    full = LATENTS[case.latents]
+    short = Latents(full.model, full.source, full.channels, frames, full.height, full.width)
+    LATENTS.setdefault(short.name, short)
+    return dataclasses.replace(case, latents=short.name)
+
+
+def run(name: str, case: Case) -> Result:
+    """One forward and backward with upstream gradient 1, as `loss.backward()` gives."""
+    from bench.launches import Launch, fused_loss, multiprocessors, recorded
+
+    emulator = _emulator()
+    call = build(case)
+    traffic: dict[tuple[str, str], Traffic] = collections.defaultdict(Traffic)
+    distinct: dict[tuple[int, str], int] = {}
+    instructions = 0
+
+    def execute(launch: Launch) -> None:
+        nonlocal instructions
+        stats = emulator.run(launch.kernel, launch.grid, launch.arguments, **launch.options)
+        instructions += stats.inst
+        for tensor, (loaded, stored) in stats.per_tensor.items():
+            counted = traffic[launch.name, tensor.removesuffix("_ptr")]
+            counted.loaded += loaded
+            counted.stored += stored
+            counted.sectors += stats.sectors[tensor]
+        for tensor, count in stats.unique_bytes.items():
+            storage = launch.arguments[tensor].untyped_storage().data_ptr()
+            # Read by one kernel and by the next is counted twice: between two launches a cache may have lost it.
+            distinct[len(launches), f"{storage}"] = max(count, distinct.get((len(launches), f"{storage}"), 0))
+
+    with multiprocessors(MULTIPROCESSORS), recorded(execute) as launches, _poisoned_outputs():
+        loss = fused_loss(call)
+        loss.backward()
+    truth = build(case)
+    expected, gradient = _reference(truth)
+    return Result(
+        name=name,
+        elements=call.pred.numel(),
+        bytes_of_pred=case.bytes_of_pred,
+        launches=len(launches),
+        traffic=dict(traffic),
+        distinct=sum(distinct.values()),
+        loss_error=abs(loss.item() - expected) / abs(expected),
+        gradient_error=_gradient_error(call.pred.grad, gradient, case),
+        instructions=instructions,
+    )
+
+
+def _reference(call: Call) -> tuple[float, torch.Tensor]:
+    pred = call.pred.detach().double().requires_grad_()
+    loss = masked_loss(pred, call.target, call.mask, call.config, layout=call.layout, **call.keywords)
+    loss.backward()
+    return loss.item(), pred.grad
+
+
+def _gradient_error(gradient: torch.Tensor, truth: torch.Tensor, case: Case) -> float:
+    """The largest error over the allowed one.
+
+    float32: 1e-6 relative (4e-6 where gamma is not 1), from a hundredth of the mean gradient up, below which the error of
+    subtracting two float32 numbers counts. Halves: one unit in the last place of the truth rounded once.
+    """
+    if case.dtype == torch.float32:
+        allowed = 4e-6 if case.config.gamma != 1 else 1e-6
+        scale = truth.abs().clamp(min=truth.abs().mean().item() / 100)
+        return ((gradient.double() - truth).abs() / scale).max().item() / allowed
+    rounded = truth.to(case.dtype)
+    ulp = torch.finfo(case.dtype).eps * rounded.double().abs().clamp(min=torch.finfo(case.dtype).tiny)
+    return ((gradient.double() - rounded.double()).abs() / ulp).max().item()
+
+
+class _poisoned_outputs:
+    """`torch.empty` and `empty_like` give NaN inside, so that an element nobody wrote is seen."""
+
+    def __enter__(self) -> None:
+        self.originals = torch.empty, torch.empty_like
+
+        def poisoned(make: Any) -> Any:
+            def empty(*args: Any, **keywords: Any) -> torch.Tensor:
+                tensor = make(*args, **keywords)
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+            return empty
+
+        torch.empty, torch.empty_like = map(poisoned, self.originals)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.empty, torch.empty_like = self.originals
+
+
+def _emulator() -> Any:
+    """The module run_amd, its Stats counting sectors for each tensor."""
+    reason = why_unavailable()
+    if reason:
+        raise RuntimeError(f"no emulator: {reason}")
+    folder = os.environ["EMULATOR"]
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = importlib.import_module("run_amd")
+    if not hasattr(module.Stats, "sectors"):
+        module.Stats = _with_sectors_by_tensor(module.Stats)
+    return module
+
+
+def _with_sectors_by_tensor(plain: Any) -> Any:
+    """The harness adds an instruction's bytes to per_tensor[name] and then its sectors to one sum: this remembers the name."""
+
+    class Remembering(collections.defaultdict):
+        last = ""
+
+        def __getitem__(self, name: str) -> Any:
+            self.last = name
+            return super().__getitem__(name)
+
+    class Stats(plain):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            self.sectors: collections.Counter[str] = collections.Counter()
+            super().__init__(*args, **keywords)
+            self.per_tensor = Remembering(lambda: [0, 0])
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in ("load_sectors", "store_sectors") and (added := value - getattr(self, name, 0)):
+                self.sectors[self.per_tensor.last] += added
+            super().__setattr__(name, value)
+
+    Stats.sectors = None
+    return Stats
+
+
+def report(names: list[str], full: bool) -> Iterator[Result]:
+    for name in names:
+        yield run(name, CASES[name] if full else shortened(CASES[name]))
+
+
+def table(results: Iterator[Result] | list[Result]) -> Iterator[str]:
+    yield (
+        "| case | launches | bytes / N | distinct bytes / N | loss error | gradient error / allowed | "
+        "instructions / 1,000 elements | sectors full |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---|"
+    for result in results:
+        sectors = ", ".join(
+            f"{kernel.removesuffix('_kernel')}.{tensor} {traffic.fullness:.2f}"
+            for (kernel, tensor), traffic in result.traffic.items()
+        )
+        yield (
+            f"| {result.name} | {result.launches} | {result.moved / result.bytes_of_pred:.3f} | "
+            f"{result.distinct / result.bytes_of_pred:.3f} | {result.loss_error:.1e} | {result.gradient_error:.2f} | "
+            f"{1000 * result.instructions / result.elements:.0f} | {sectors} |"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.split("\n")[0])
+    parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; default: every case")
+    parser.add_argument("--all", action="store_true", help="all frames of the long latents (minutes)")
+    options = parser.parse_args(arguments)
+    if reason := why_unavailable():
+        print(f"no emulator: {reason}", file=sys.stderr)
+        return 2
+    for line in table(report(options.case or list(CASES), options.all)):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

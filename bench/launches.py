@@ -1,0 +1,137 @@
+"""The kernel launches of one call, taken down instead of run: for the tools that look at the code with no GPU.
+
+The launchers of masked_loss_triton run unchanged on CPU tensors while `JITFunction.run` is replaced; what they would have started
+is compiled for any target exactly as the JIT would specialise it (integers that are 1 or multiples of 16, aligned pointers, on
+AMD tensors below 2 GiB). Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise RuntimeError(
+        "TRITON_INTERPRET is set, and no kernel can be compiled then: start this in a process without it"
+    )
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from bench.cases import Call
+from masked_loss_triton.backend import fused
+from masked_loss_triton.inputs import describe
+from masked_loss_triton.kernels import loss as loss_kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What decides about the compiled code and its occupancy, of one GPU of an architecture."""
+
+    name: str
+    target: GPUTarget
+    multiprocessors: int
+    warps: int  # resident per multiprocessor; AMD: waves per SIMD
+    blocks: int  # resident per multiprocessor
+    shared_memory: int  # bytes per multiprocessor that blocks can take
+
+
+DEVICES = {
+    "sm_80": Device("A100", GPUTarget("cuda", 80, 32), 108, 64, 32, 164 * 1024),
+    "sm_90": Device("H100", GPUTarget("cuda", 90, 32), 132, 64, 32, 228 * 1024),
+    "sm_100": Device("B200", GPUTarget("cuda", 100, 32), 148, 64, 32, 228 * 1024),
+    "sm_120": Device("RTX 5090", GPUTarget("cuda", 120, 32), 170, 48, 24, 100 * 1024),
+    "gfx942": Device("MI300X", GPUTarget("hip", "gfx942", 64), 304, 8, 16, 64 * 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One `kernel[grid](...)`: the kernel, its arguments by name, options such as num_warps."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compile(self, target: GPUTarget) -> Any:
+        """The compiled kernel for a target, specialised as the JIT would for these arguments."""
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        keywords = dict(self.options, debug=False)
+        bound, specialization, options = bind(**self.arguments, **keywords)
+        # Private, but the only way to follow the JIT through its versions; tested with Triton 3.7 and 3.8.
+        packed, signature, constants, attributes = self.kernel._pack_args(
+            backend, keywords, bound, specialization, options
+        )
+        key = (self.kernel.cache_key, repr((signature, constants, attributes, packed, target)))
+        if key not in _compiled:
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            _compiled[key] = triton.compile(source, target=target, options=packed.__dict__)
+        return _compiled[key]
+
+
+# Triton's own cache would return code whose line numbers are those of an older file: its key is the text of the function.
+triton.knobs.compilation.always_compile = True
+_compiled: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int) -> Iterator[None]:
+    """The launchers choose as on a device with `count` multiprocessors, and not as for a CPU tensor."""
+    original = loss_kernels._multiprocessors
+    loss_kernels._multiprocessors = lambda device: count
+    try:
+        yield
+    finally:
+        loss_kernels._multiprocessors = original
+
+
+@contextlib.contextmanager
+def recorded(run: Any = None) -> Iterator[list[Launch]]:
+    """Collects the launches made inside; `run(launch)` may execute each. Without it outputs stay uninitialised."""
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        arguments = {parameter.name: parameter.default for parameter in self.params if parameter.has_default}
+        arguments |= dict(zip(names, args, strict=False))
+        arguments |= {name: value for name, value in keywords.items() if name in names}
+        options = {name: value for name, value in keywords.items() if name not in names}
+        size = grid(arguments) if callable(grid) else grid
+        launches.append(Launch(self, tuple(size), arguments, options))
+        if run is not None:
+            run(launches[-1])
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def fused_loss(call: Call, *, stats: bool = False) -> torch.Tensor:
+    """The loss on the triton backend whatever the device: `masked_loss` would refuse CPU tensors outside the interpreter."""
+    inputs = describe(call.pred, call.target, call.mask, call.config, layout=call.layout, **call.keywords)
+    return fused.loss(inputs, call.config, stats)[0]
+
+
+def launches_of(call: Call, count: int, *, stats: bool = False, backward: bool = True) -> list[Launch]:
+    """Every launch of forward and backward on a device with `count` multiprocessors."""
+    with multiprocessors(count), recorded() as launches:
+        loss = fused_loss(call, stats=stats)
+        if backward:
+            loss.backward()
+    return launches
