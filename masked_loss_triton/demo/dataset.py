@@ -99,6 +99,11 @@ def write_rgba(photos: Sequence[Photo], folder: Path, warn: Warn) -> list[Path]:
     return files
 
 
+def read_square(file: Path, side: int) -> np.ndarray:
+    """A picture file at the size it is trained at: uint8 (side, side, 3), the centre of the picture."""
+    return resize_to_bucket(read_picture(file).rgb, (side, side))
+
+
 def write_cache(file: Path, folder: Path, side: int) -> Path:
     """Encodes an RGBA file as `side` x `side` pixels and writes a latent cache with musubi-tuner's names and layout.
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from masked_loss_triton.demo.model import captions, predict
+from masked_loss_triton.demo.model import Model, captions, predict
 from masked_loss_triton.demo.training import Examples, noisy_latents
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -41,7 +40,7 @@ class Test:
 
     __test__ = False  # not a pytest class, whatever its name
 
-    def __init__(self, base: WanTransformer3DModel, subjects: Examples) -> None:
+    def __init__(self, base: Model, subjects: Examples) -> None:
         assert subjects.masks is not None
         self.subjects = subjects
         self.masks = subjects.masks.unsqueeze(1)  # (N, 1, 1, h, w): against latents (N, C, 1, h, w)
@@ -52,18 +51,18 @@ class Test:
         self.noises = [torch.randn(shape, generator=generator).to(device) for _ in range(NOISES)]
         self.base_answers = [answer for _, answer in self._answers(base)]
 
-    def _answers(self, model: WanTransformer3DModel) -> Iterator[tuple[Tensor, Tensor]]:
+    def _answers(self, model: Model) -> Iterator[tuple[Tensor, Tensor]]:
         """Each noise and time: the noise and the model's prediction for all N photographs."""
         for noise in self.noises:
             for time in TIMES:
                 yield noise, self.predict_at(model, noise, time)
 
     @torch.no_grad()
-    def predict_at(self, model: WanTransformer3DModel, noise: Tensor, time: float) -> Tensor:
+    def predict_at(self, model: Model, noise: Tensor, time: float) -> Tensor:
         times = torch.full((len(noise),), time, device=noise.device)
         return predict(model, noisy_latents(self.subjects.latents, noise, times), times, self.text)
 
-    def score(self, model: WanTransformer3DModel) -> Scores:
+    def score(self, model: Model) -> Scores:
         """Measures one model."""
         latents = self.subjects.latents
         error, drift = torch.zeros_like(latents[:, 0, 0]), torch.zeros_like(latents[:, 0, 0])
@@ -80,7 +79,7 @@ class Test:
             drift_map=drift.cpu(),
         )
 
-    def pictures(self, model: WanTransformer3DModel) -> Tensor:
+    def pictures(self, model: Model) -> Tensor:
         """One-step predictions of the clean latents from noise level SHOWN_TIME, x_0 = x_t - t v: (N, 16, 1, h, w)."""
         noise = self.noises[0]
         times = torch.full((len(noise),), SHOWN_TIME, device=noise.device)

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 MAX_SHOWN = 6  # photographs
 DPI = 144
@@ -51,11 +52,13 @@ class Shown:
     drifts: Mapping[str, np.ndarray]  # by the keys of the ways
 
 
-def _grid(rows: int, columns: int, theme: Mapping[str, str], tile: float = 1.9) -> tuple[Figure, np.ndarray]:
-    figure = Figure(
-        figsize=(columns * tile, rows * tile + 0.45), dpi=DPI, facecolor=theme["paper"], layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+def _grid(
+    rows: int, columns: int, theme: Mapping[str, str], tile: float = 1.9, foot: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """Square tiles of `tile` inches, with room for a line of text above and beside them, and `foot` inches below."""
+    size = (columns * tile + 0.3, rows * tile + 0.3 + foot)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=size, dpi=DPI, facecolor=theme["paper"], layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -107,19 +110,19 @@ def draw_predictions(shown: Sequence[Shown], titles: Mapping[str, str], theme: M
 
 def draw_drifts(shown: Sequence[Shown], titles: Mapping[str, str], theme: Mapping[str, str]) -> Figure:
     """Where each way moved the model away from the base: one colour scale for all."""
-    figure, axes = _grid(len(shown), len(titles), theme, tile=2.2)
+    figure, axes = _grid(len(shown), len(titles), theme, tile=2.6, foot=0.75)
     top = float(np.quantile(np.stack([drift for item in shown for drift in item.drifts.values()]), 0.98))
-    image = None
+    image: Any = None
     for row, item in zip(axes, shown, strict=True):
         for tile, key in zip(row, titles, strict=True):
             image = _tile(tile, item.drifts[key], item.mask, cmap="magma", vmin=0, vmax=max(top, 1e-6))
         row[0].set_ylabel(_name(item.name), color=theme["ink"], fontsize=11, parse_math=False)
     for tile, title in zip(axes[0], titles.values(), strict=True):
         tile.set_title(title, color=theme["ink"], fontsize=11)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.4, aspect=40, pad=0.015)
     bar.set_label("squared distance from the base model", color=theme["quiet"], fontsize=10)
     bar.ax.tick_params(colors=theme["quiet"], labelsize=9)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -127,8 +130,8 @@ def draw_curves(
     base_losses: Sequence[float], curves: Mapping[str, Curves], titles: Mapping[str, str], theme: Mapping[str, str]
 ) -> Figure:
     """The base model's loss, the four ways' losses, and what the losses do not tell: inside error and outside drift."""
-    figure = Figure(figsize=(11.4, 6.6), dpi=DPI, facecolor=theme["paper"], layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(11.4, 6.6), dpi=DPI, facecolor=theme["paper"], layout=layout)
     (base, loss), (inside, drift) = figure.subplots(2, 2)
     base.plot(*_smooth(base_losses), color=COLOURS["base"], linewidth=1.8)
     for key, curve in curves.items():

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from masked_loss_triton.demo.encoder import CHANNELS
 
+Model: TypeAlias = Any  # a WanTransformer3DModel: diffusers' lazy imports hide from type checkers that it is a Module
 TEXT_TOKENS = 4
 TEXT_WIDTH = 32
 MODEL_CONFIG = {
@@ -35,16 +37,17 @@ LORA_RANK = 16
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
-def build_model(seed: int, device: torch.device) -> WanTransformer3DModel:
+def build_model(seed: int, device: torch.device) -> Model:
     """A freshly initialised transformer: the real architecture, half a million parameters. The same seed, the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WanTransformer3DModel(**MODEL_CONFIG).to(device)
+        model: Model = WanTransformer3DModel(**MODEL_CONFIG)
+    return model.to(device)
 
 
-def with_lora(base: WanTransformer3DModel, seed: int) -> WanTransformer3DModel:
+def with_lora(base: Model, seed: int) -> Model:
     """A copy of `base`, frozen, with a new LoRA on every attention and feed-forward matrix; `base` stays as it is."""
-    model = WanTransformer3DModel.from_config(base.config).to(base.device)
+    model: Model = WanTransformer3DModel.from_config(base.config).to(base.device)
     model.load_state_dict(base.state_dict())
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +56,7 @@ def with_lora(base: WanTransformer3DModel, seed: int) -> WanTransformer3DModel:
     return model
 
 
-def save_lora(model: WanTransformer3DModel, path: Path) -> None:
+def save_lora(model: Model, path: Path) -> None:
     """Writes the LoRA as diffusers' pipelines do: keys under `transformer.`, alpha in the metadata.
 
     `model.save_lora_adapter` is not used: it writes neither the prefix that `load_lora_adapter` expects by default nor,
@@ -80,6 +83,6 @@ def captions(names: Sequence[str], device: torch.device) -> Tensor:
     return torch.stack([caption(name) for name in names]).to(device)
 
 
-def predict(model: WanTransformer3DModel, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
+def predict(model: Model, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
     """The predicted velocity, (B, C, F, H, W), for noisy latents of that shape at times in (0, 1), shape (B,)."""
     return model(noisy, time * 1000, text, return_dict=False)[0]

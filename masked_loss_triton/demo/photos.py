@@ -60,7 +60,6 @@ SUBJECTS = {
         # The collar is dark and would be cut out, leaving a floating head.
         sure=((150, 170, 280, 230), (90, 330, 250, 480)),
     ),
-    "cat": Shipped("skimage", "data/chelsea.png", crop=(120, 0, 420, 300), box=(0, 0, 255, 285)),
     "coffee": Shipped("skimage", "data/coffee.png", crop=(80, 0, 480, 400), box=(5, 15, 395, 380)),
     "flower": Shipped("sklearn", "datasets/images/flower.jpg", crop=(90, 0, 517, 427), box=(70, 75, 360, 370)),
     "pagoda": Shipped("sklearn", "datasets/images/china.jpg", crop=(35, 0, 462, 427), box=(20, 20, 335, 365)),
@@ -70,6 +69,7 @@ SUBJECTS = {
 WORLD = (
     "brick.png",
     "camera.png",
+    "chelsea.png",
     "coins.png",
     "color.png",
     "grass.png",

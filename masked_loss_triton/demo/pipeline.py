@@ -15,7 +15,7 @@ import torch
 from masked_loss_triton.backend import choose
 from masked_loss_triton.demo import dataset, figures, model, photos, report, training
 from masked_loss_triton.demo.claims import Claim, check_claims
-from masked_loss_triton.demo.encoder import decode
+from masked_loss_triton.demo.encoder import PATCH, decode
 from masked_loss_triton.demo.evaluate import SHOWN_TIME, TIMES, Scores, Test
 from masked_loss_triton.demo.folder import MADE_BY, REPORT, complete_folder
 from masked_loss_triton.demo.progress import Progress
@@ -59,8 +59,23 @@ class Results:
     test: Test
 
 
+# One thread: the matrices are too small for more. Measured on 2 cores: 61 ms a step with one thread, 42 with two; with another
+# program on the machine 127 and 377, since each operation then waits for whichever thread was put aside. And the numbers are the
+# same whatever the number of cores.
+THREADS = 1
+
+
 def run_demo(settings: Settings) -> int:
     """Runs everything and writes the report folder. Returns the exit status."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        return _run(settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(settings: Settings) -> int:
     start = time.perf_counter()
     device, backend = _choose(settings)
     titles = {"base": "base model"} | {way.key: way.title for way in training.WAYS}
@@ -168,7 +183,7 @@ def _tune(
 
 def _draw(folder: Path, subjects: training.Examples, results: Results, titles: dict[str, str]) -> dict[str, str]:
     """Writes the PNGs and returns the figures of the page."""
-    shown = _shown(subjects, results)
+    shown = _shown(folder, subjects, results)
     ways = {key: title for key, title in titles.items() if key != "base"}
     drawings: dict[str, Any] = {
         "photos": lambda theme: figures.draw_photos(shown, theme),
@@ -184,7 +199,7 @@ def _draw(folder: Path, subjects: training.Examples, results: Results, titles: d
     return pages
 
 
-def _shown(subjects: training.Examples, results: Results) -> list[figures.Shown]:
+def _shown(folder: Path, subjects: training.Examples, results: Results) -> list[figures.Shown]:
     assert subjects.masks is not None
     predictions = {key: results.test.pictures(tuned) for key, tuned in results.models.items()}
     shown = []
@@ -193,7 +208,7 @@ def _shown(subjects: training.Examples, results: Results) -> list[figures.Shown]
         shown.append(
             figures.Shown(
                 name,
-                decoded,
+                dataset.read_square(folder / "photos" / f"{name}.png", subjects.latents.shape[-1] * PATCH),
                 subjects.masks[i, 0].cpu().numpy(),
                 decoded,
                 {key: decode(latents[i]) for key, latents in predictions.items()},
@@ -234,7 +249,7 @@ def _versions() -> dict[str, str]:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _facts(settings: Settings, device: torch.device, backend: str, seconds: float) -> dict[str, str]:

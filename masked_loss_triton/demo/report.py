@@ -18,6 +18,8 @@ COLUMNS = {
     "outside": "error outside",
     "drift_outside": "drift outside",
 }
+SHOWN = "It learned the subject and left the background alone"
+NOT_SHOWN = "This run did not show everything it should"
 # Of each figure: what it shows, for who cannot see it, and its caption.
 CAPTIONS = {
     "predictions": (
@@ -28,8 +30,8 @@ CAPTIONS = {
     ),
     "drifts": (
         "Maps of the squared distance from the base model, for the four LoRAs",
-        "Squared distance of the prediction from the base model's, averaged over channels, noise and times. Bright inside the outline "
-        "and dark outside of it is what masked training is for.",
+        "Squared distance of the prediction from the base model's, averaged over channels, noise and times. Bright inside the "
+        "outline and dark outside of it is what masked training is for.",
     ),
     "photos": (
         "Photographs, their weights, and the photographs after encoding",
@@ -99,5 +101,6 @@ def write_html(
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()
     )
-    page = PAGE.substitute(table=_html_table(table, titles), verdicts=verdicts, facts=rows, **figures)
+    verdict = SHOWN if all(claim.holds for claim in claims) else NOT_SHOWN
+    page = PAGE.substitute(verdict=verdict, table=_html_table(table, titles), verdicts=verdicts, facts=rows, **figures)
     file.write_text(page, encoding="utf-8")

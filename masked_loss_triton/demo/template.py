@@ -53,7 +53,7 @@ code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", 
 </head>
 <body>
 <main>
-<h1>It learned the subject and left the background alone</h1>
+<h1>$verdict</h1>
 <p class="lead">One small video transformer, four LoRAs. They start from the same weights and see the same photographs, the
 same noise and the same times. Only the loss differs.</p>
 <div class="wide">$table</div>
@@ -81,10 +81,10 @@ back, averaged to the size of the latents, and kept in the latent caches, where 
 a real trainer. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
 pictures. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
 <p><strong>What it is not.</strong> No weights of a real VAE or text encoder can be shipped with a package, and none are
-downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, decoded by its transpose) and a random vector
-for each caption. The model has half a million parameters and minutes of training, so its pictures are coarse, and each subject has one
-photograph, on which it is also tested. What carries over to a real model is the loss and the path of the masks, not the
-pictures.</p>
+downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, decoded by its transpose) and a
+random vector for each caption. The model has half a million parameters and a minute of training, so its pictures are coarse,
+and each subject has one photograph, on which it is also tested. What carries over to a real model is the loss and the path
+of the masks, not the pictures.</p>
 <table class="facts">$facts</table>
 </main>
 </body>

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
 from masked_loss_triton.demo.encoder import encode
-from masked_loss_triton.demo.model import captions, predict
+from masked_loss_triton.demo.model import Model, captions, predict
 
 BATCH = 6
 BASE_LEARNING_RATE = 4e-3
@@ -101,24 +100,20 @@ def noisy_latents(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     return (1 - t) * latents + t * noise
 
 
-def train_base(
-    model: WanTransformer3DModel, world: Examples, steps: int, seed: int, backend: str, report: Report
-) -> None:
+def train_base(model: Model, world: Examples, steps: int, seed: int, backend: str, report: Report) -> None:
     """Trains all of `model`, in place, on the world, without masks."""
     way = Way("base", "base model", MaskedLossConfig(), uses_mask=False)
     _train(model, world, way, draws(world, steps, seed), steps, BASE_LEARNING_RATE, backend, report)
 
 
-def tune(
-    model: WanTransformer3DModel, subjects: Examples, way: Way, steps: int, seed: int, backend: str, report: Report
-) -> None:
+def tune(model: Model, subjects: Examples, way: Way, steps: int, seed: int, backend: str, report: Report) -> None:
     """Trains the LoRA of `model`, in place, on the subjects in one way. The same seed gives every way the same noise and
     times; the loss is all that differs."""
     _train(model, subjects, way, draws(subjects, steps, seed), steps, LORA_LEARNING_RATE, backend, report)
 
 
 def _train(
-    model: WanTransformer3DModel,
+    model: Model,
     examples: Examples,
     way: Way,
     batches: Iterator[Draw],
@@ -148,7 +143,7 @@ def _train(
 
 
 @torch.no_grad()
-def _teacher(model: WanTransformer3DModel, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
+def _teacher(model: Model, noisy: Tensor, time: Tensor, text: Tensor) -> Tensor:
     """What the base model predicts: the same network with its LoRA switched off, on the same noise and times."""
     model.disable_adapters()
     try:
