@@ -27,6 +27,7 @@ from masked_loss_triton.kernels.weights import (
     SUM_W,
     MaskWeights,
     binarized_and_inverted,
+    power,
     read,
     sample_gates,
     smaller,
@@ -115,7 +116,7 @@ def factors(
     s = 1.0 / (w_denominator * samples)
     if HAS_AREA_SCALE:
         sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, PER_SAMPLE, BLOCK_TILES)
-        s = s * tl.exp2(area_scale_beta * tl.log2(sum_raw * channels / elements))
+        s = s * power(sum_raw * channels / elements, area_scale_beta)
     r = 0.0
     if HAS_PRIOR:
         if NORMALIZATION == MEAN:
@@ -387,7 +388,7 @@ def loss_kernel(
                 write_weight_stats(
                     partials_ptr, stats_ptr, batch * tiles, batch * positions.to(tl.float32), BLOCK_TILES
                 )
-                tl.store(stats_ptr + 13, tl.where(loss == 0.0, 0.0, prior_term / loss))
+                tl.store(stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
 
 
 @triton.jit

@@ -189,6 +189,13 @@ def binarized_and_inverted(m, binarize, HAS_BINARIZE: tl.constexpr, INVERT: tl.c
 
 
 @triton.jit
+def power(x, exponent):
+    """x ** exponent for x >= 0; NaN stays NaN."""
+    result = tl.exp2(exponent * tl.log2(tl.where(x > 0.0, x, 1.0)))
+    return tl.where(x > 0.0, result, x)
+
+
+@triton.jit
 def target_and_prior_weight(
     raw,
     blurred,
@@ -206,7 +213,7 @@ def target_and_prior_weight(
     w = tl.where(blurred <= SNAP, 0.0, blurred)
     w = tl.where(w >= 1.0 - SNAP, 1.0, w)
     if HAS_GAMMA:
-        w = tl.exp2(gamma * tl.log2(w))  # log2(0) = -inf, whose exp2 is 0 again
+        w = power(w, gamma)
     if CLAMP_FLOOR:
         w = tl.where(w < min_weight, min_weight, w)
     else:

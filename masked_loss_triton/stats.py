@@ -43,5 +43,5 @@ class MaskedLossStats(NamedTuple):
         numbers = [*weights, torch.minimum(w, v).mean()]
         target_term, prior_term = target_term.detach(), prior_term.detach()
         loss = target_term + prior_term
-        share = torch.where(loss == 0, torch.zeros_like(loss), prior_term / loss)
+        share = prior_term / torch.where(loss == 0, torch.ones_like(loss), loss)
         return cls._make([loss, target_term, prior_term, *(number.detach() for number in numbers), share])

@@ -64,3 +64,11 @@ def implementation(name: str) -> Callable[..., Any]:
     from masked_loss_triton.backend import reference
 
     return reference.loss
+
+
+def refuse_second_derivative() -> None:
+    """For the backward of a fused loss: with create_graph=True its gradient would silently count as a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "this backend of masked_loss is differentiable once, and create_graph=True asks for more: use backend='reference'"
+        )

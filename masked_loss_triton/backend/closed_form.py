@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton import weights
+from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
 from masked_loss_triton.kernels.strides import position_stride
@@ -73,8 +74,8 @@ class ClosedFormLoss(torch.autograd.Function):
         return target_term + prior_term, target_term, prior_term
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output, _target_term, _prior_term):
+        refuse_second_derivative()
         saved, pred, target, latents, prior, a, b = ctx.saved_tensors
         flow_sign, config = ctx.options
         gradient, ctx.gradient = ctx.gradient, None

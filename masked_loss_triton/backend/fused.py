@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
 from masked_loss_triton.kernels import loss as loss_kernels
@@ -66,8 +67,8 @@ class FusedLoss(torch.autograd.Function):
         return total, numbers
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output, _numbers):
+        refuse_second_derivative()
         saved, *tensors = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if saved is not None:

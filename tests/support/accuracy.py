@@ -1,0 +1,102 @@
+"""How close a fused backend must come to the float64 reference, and why no closer.
+
+The reference runs on the same inputs in float64. A float32 gradient a rho'(p - t) + b rho'(p - q) is compared with the sum of the
+magnitudes of its two terms (they may cancel), and each weight may be off by the rounding of a number of order 1 where its stages
+subtract (1 - m, v = 1 - w, bicubic taps): a relative bound on the difference would be one on the noise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
+from masked_loss_triton.backend.reference import elementwise_error
+from masked_loss_triton.inputs import describe
+from masked_loss_triton.reduction import loss_factors
+from masked_loss_triton.weights import call_weights
+
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-6
+GAMMA_TOLERANCE = 4e-6
+# Rounding of one float32 number of order 1, times the longest chain of them in the stages of a weight.
+WEIGHT_ROUNDING = 6e-7
+
+
+def double(value):
+    """The same argument in float64, without gradient; everything else unchanged."""
+    if isinstance(value, FlowTarget):
+        return FlowTarget(double(value.noise), double(value.latents), value.sign)
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        return value.detach().double()
+    return value
+
+
+def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float = 1.0, **call):
+    """(loss, stats, gradient, bound): float64, and how far off each element of a float32 gradient may be."""
+    call = {name: double(value) for name, value in call.items()}
+    pred64 = double(pred).requires_grad_()
+    arguments = (pred64, double(target), double(mask), config)
+    loss, stats = masked_loss(*arguments, **call, backend="reference", return_stats=True)
+    (gradient,) = torch.autograd.grad(loss * grad_output, pred64)
+
+    call = {name: value for name, value in call.items() if name not in ("backend", "return_stats")}
+    inputs = describe(*arguments, **call)
+    raw, w, v = call_weights(inputs, config, torch.float64)
+    sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
+    s, r = loss_factors(*sums, inputs, config)
+
+    def magnitude(factor, weight, other):
+        difference = (inputs.pred.detach() - other).requires_grad_()
+        (slope,) = torch.autograd.grad(elementwise_error(difference, config).sum(), difference)
+        slope = slope.abs()
+        exact = (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1)).abs() * slope
+        subtracts = config.invert or config.resample == "bicubic" or weight is v or config.prior_threshold is not None
+        rounding = factor.abs().view(-1, 1, 1, 1, 1) * slope * (WEIGHT_ROUNDING if subtracts else 0)
+        # A factor is one over a sum: where the weights of that sum are noise, so is the factor.
+        noise = WEIGHT_ROUNDING * (weight > 0).sum() / weight.sum().clamp_min(1e-30) if subtracts else 0
+        return exact, rounding + exact * noise
+
+    formed = inputs.target if inputs.latents is None else inputs.flow_sign * (inputs.target - inputs.latents)
+    size, rounding = magnitude(s, w, formed)
+    if inputs.latents is not None:
+        # noise - latents is rounded to float32 once, before pred is subtracted from it.
+        curvature = {"mse": 2.0, "l1": 0.0, "huber": 1.0, "smooth_l1": 1 / config.loss_delta}[config.loss_type]
+        rounding = rounding + (s.view(-1, 1, 1, 1, 1) * w.unsqueeze(1)).abs() * curvature * formed.abs() * 2**-24
+    if inputs.prior is not None:
+        more, more_rounding = magnitude(r, v, inputs.prior)
+        size, rounding = size + more, rounding + more_rounding
+    tolerance = GRADIENT_TOLERANCE if config.gamma == 1 else GAMMA_TOLERANCE * max(1.0, config.gamma)
+    bound = (tolerance * size + rounding) * abs(grad_output)
+    if call.get("layout") == "layered":
+        bound = bound.transpose(1, 2)
+    return loss.detach(), stats, gradient, bound.reshape(gradient.shape)
+
+
+def assert_gradient_close(got, want, bound, truncates: bool = False) -> None:
+    """`got` within `bound` of the float64 gradient `want`, after one rounding to got's dtype, plus one unit in the last place.
+
+    truncates: the interpreter rounds float32 to bfloat16 by truncation, twice where the backward scales.
+    """
+    assert got.shape == want.shape
+    assert torch.equal(got.isnan(), want.isnan()), "NaN in other places"
+    usable = ~want.isnan() & ~want.isinf()
+    slack = bound
+    if got.dtype in (torch.bfloat16, torch.float16):
+        info = torch.finfo(got.dtype)
+        # One unit in the last place of the larger of the two, or of the smallest number that the dtype has.
+        size = torch.maximum(want.abs(), got.double().abs()).clamp_min(info.tiny)
+        unit = torch.exp2(torch.floor(torch.log2(size))) * info.eps
+        slack = bound + unit * (3 if truncates and got.dtype == torch.bfloat16 else 1.5)
+    error = (got.double() - want).abs()
+    worst = ((error - slack) * usable).nan_to_num(0.0).max()
+    assert worst <= 1e-38, f"gradient off by {error[usable].max():.3g}, {worst:.3g} more than allowed"
+
+
+def assert_loss_close(got, want, config: MaskedLossConfig, weights_sum: float | None = None) -> None:
+    tolerance = LOSS_TOLERANCE * (4 * max(1.0, config.gamma) if config.gamma != 1 else 1)
+    assert got.dtype == torch.float32
+    assert got.shape == ()
+    if torch.isnan(want) or torch.isinf(want):
+        assert torch.equal(got.isnan(), want.isnan())
+    else:
+        assert abs(got.double() - want) <= tolerance * abs(want) + 1e-30, f"loss {got.item()} against {want.item()}"
