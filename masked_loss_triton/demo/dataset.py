@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from masked_loss_triton.demo.encoder import PATCH, encode
 from masked_loss_triton.demo.photos import EXTENSIONS, MASK_SUFFIX, MAX_PHOTOS, Photo, find_subject
+from masked_loss_triton.demo.tensors import write_tensors
 from masked_loss_triton.demo.training import Examples
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
@@ -115,7 +116,7 @@ def write_cache(file: Path, folder: Path, side: int) -> Path:
     frames, height, width = latents.shape[1:]
     weights = torch.from_numpy(to_latent(resize_to_bucket(mask.values, (side, side)), (height, width)))
     size = f"{frames}x{height}x{width}_float32"
-    tensors = {f"latents_{size}": latents, f"mask_weights_{size}": weights.unsqueeze(0).contiguous()}
+    tensors = {f"latents_{size}": latents, f"mask_weights_{size}": weights.unsqueeze(0)}
     picture_height, picture_width = picture.rgb.shape[:2]
     metadata = {
         "architecture": "wan",
@@ -124,7 +125,7 @@ def write_cache(file: Path, folder: Path, side: int) -> Path:
         "format_version": "1.0.1",
     }
     cache = folder / f"{file.stem}_{picture_width:04d}x{picture_height:04d}_wan.safetensors"
-    save_file(tensors, cache, metadata=metadata)
+    write_tensors(cache, tensors, metadata)
     return cache
 
 

@@ -15,6 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 MAX_SHOWN = 6  # photographs
 DPI = 144
+WIDTH = 11.4  # inches, of every figure that has enough columns: text is then of one size throughout the page
+MAX_TILE = 2.8  # inches
 OUTLINE = 0.5  # the mask value that the contour follows
 # One colour per way, the same in every chart: Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -52,10 +54,9 @@ class Shown:
     drifts: Mapping[str, np.ndarray]  # by the keys of the ways
 
 
-def _grid(
-    rows: int, columns: int, theme: Mapping[str, str], tile: float = 1.9, foot: float = 0.0
-) -> tuple[Figure, np.ndarray]:
-    """Square tiles of `tile` inches, with room for a line of text above and beside them, and `foot` inches below."""
+def _grid(rows: int, columns: int, theme: Mapping[str, str], foot: float = 0.0) -> tuple[Figure, np.ndarray]:
+    """Square tiles, with room for a line of text above and beside them, and `foot` inches below."""
+    tile = min(MAX_TILE, (WIDTH - 0.3) / columns)
     size = (columns * tile + 0.3, rows * tile + 0.3 + foot)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=size, dpi=DPI, facecolor=theme["paper"], layout=layout)
@@ -110,7 +111,7 @@ def draw_predictions(shown: Sequence[Shown], titles: Mapping[str, str], theme: M
 
 def draw_drifts(shown: Sequence[Shown], titles: Mapping[str, str], theme: Mapping[str, str]) -> Figure:
     """Where each way moved the model away from the base: one colour scale for all."""
-    figure, axes = _grid(len(shown), len(titles), theme, tile=2.6, foot=0.75)
+    figure, axes = _grid(len(shown), len(titles), theme, foot=0.75)
     top = float(np.quantile(np.stack([drift for item in shown for drift in item.drifts.values()]), 0.98))
     image: Any = None
     for row, item in zip(axes, shown, strict=True):
@@ -131,7 +132,7 @@ def draw_curves(
 ) -> Figure:
     """The base model's loss, the four ways' losses, and what the losses do not tell: inside error and outside drift."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    figure = Figure(figsize=(11.4, 6.6), dpi=DPI, facecolor=theme["paper"], layout=layout)
+    figure = Figure(figsize=(WIDTH, 6.6), dpi=DPI, facecolor=theme["paper"], layout=layout)
     (base, loss), (inside, drift) = figure.subplots(2, 2)
     base.plot(*_smooth(base_losses), color=COLOURS["base"], linewidth=1.8)
     for key, curve in curves.items():

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from masked_loss_triton.demo.encoder import CHANNELS
+from masked_loss_triton.demo.tensors import write_tensors
 
 Model: TypeAlias = Any  # a WanTransformer3DModel: diffusers' lazy imports hide from type checkers that it is a Module
 TEXT_TOKENS = 4
@@ -47,26 +47,26 @@ def build_model(seed: int, device: torch.device) -> Model:
 
 def with_lora(base: Model, seed: int) -> Model:
     """A copy of `base`, frozen, with a new LoRA on every attention and feed-forward matrix; `base` stays as it is."""
-    model: Model = WanTransformer3DModel.from_config(base.config).to(base.device)
-    model.load_state_dict(base.state_dict())
-    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        model: Model = WanTransformer3DModel.from_config(base.config)
+        model.load_state_dict(base.state_dict())
+        model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
-    return model
+    return model.to(base.device)
 
 
 def save_lora(model: Model, path: Path) -> None:
     """Writes the LoRA as diffusers' pipelines do: keys under `transformer.`, alpha in the metadata.
 
-    `model.save_lora_adapter` is not used: it writes neither the prefix that `load_lora_adapter` expects by default nor,
-    because it goes through a set, the same bytes on every run.
+    `model.save_lora_adapter` is not used: it writes neither the prefix that `load_lora_adapter` expects by default nor the
+    same bytes on every run.
     """
     layers = get_peft_model_state_dict(model, adapter_name="default")
-    tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in sorted(layers.items())}
+    tensors = {f"transformer.{name}": value for name, value in layers.items()}
     adapter = {"r": LORA_RANK, "lora_alpha": LORA_RANK, "target_modules": LORA_TARGETS}
     metadata = {f"transformer.{name}": value for name, value in adapter.items()}
-    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
+    write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
 
 
 def caption(name: str) -> Tensor:

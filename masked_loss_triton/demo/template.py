@@ -46,7 +46,7 @@ td.best { background: var(--best); font-weight: 650; }
 .yes span { color: var(--yes); }
 .no span { color: var(--no); }
 figure { margin: 1.5rem 0 0; }
-img { display: block; width: 100%; height: auto; }
+img { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 42rem; margin-top: 0.75rem; color: var(--quiet); font-size: 0.92rem; line-height: 1.5; }
 code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 </style>
