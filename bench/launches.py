@@ -109,6 +109,8 @@ def recorded(run: Any = None) -> Iterator[list[Launch]]:
         arguments = {parameter.name: parameter.default for parameter in self.params if parameter.has_default}
         arguments |= dict(zip(names, args, strict=False))
         arguments |= {name: value for name, value in keywords.items() if name in names}
+        # Aliases: autograd copies a gradient instead of giving it away while somebody else holds the same tensor.
+        arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
         options = {name: value for name, value in keywords.items() if name not in names}
         size = grid(arguments) if callable(grid) else grid
         launches.append(Launch(self, tuple(size), arguments, options))
