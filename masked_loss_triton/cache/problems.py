@@ -107,7 +107,7 @@ def _check_target(prepared: Prepared, source: Source, target: Path) -> list[Prob
                 found.append(_problem(prepared, "missing", target, "no alpha channel, mask file or default mask"))
             return found
         path = file
-        if file.is_dir() or file.suffix.lower() in VIDEO_EXTENSIONS:
+        if dataset.is_video and (file.is_dir() or file.suffix.lower() in VIDEO_EXTENSIONS):
             return found + _check_frames(prepared, target, file, size)
         mask = to_uint8(read_mask_file(file, exif=False))
         found += _check_size(prepared, target, file, (mask.shape[1], mask.shape[0]), size)

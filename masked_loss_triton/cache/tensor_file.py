@@ -16,6 +16,7 @@ import numpy as np
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.atomic import replace_file
+from masked_loss_triton.masks.reading import check_is_file
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -60,6 +61,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         UserError: naming the file, when it is missing, cut short or no safetensors file.
     """
     try:
+        check_is_file(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)

@@ -21,7 +21,7 @@ from masked_loss_triton.masks.frames import (
     read_frames,
 )
 from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
-from masked_loss_triton.masks.reading import has_alpha, open_image, unreadable
+from masked_loss_triton.masks.reading import check_is_file, has_alpha, open_image, unreadable
 from masked_loss_triton.masks.sources import (
     Candidate,
     MaskDirectory,
@@ -100,6 +100,7 @@ def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         for file in source_files(path):
+            check_is_file(file)
             with open(file, "rb") as data:
                 while block := data.read(1 << 20):
                     digest.update(block)

@@ -11,6 +11,8 @@ from PIL import Image
 
 # Above this many pixels the scaled picture is not built whole: a 20000x1 mask would need gigabytes for a 256x256 crop.
 WHOLE_RESIZE_LIMIT = 64_000_000
+# More than the three pixels that a Lanczos window reaches when enlarging.
+MARGIN = 8
 
 
 def resize_to_bucket(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -64,8 +66,13 @@ def _enlarge(array: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int]
         whole = np.asarray(image.resize(scaled, Image.Resampling.LANCZOS))
         return np.ascontiguousarray(whole[top : top + height, left : left + width])
     x, y = image.width / scaled[0], image.height / scaled[1]
-    box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return np.array(image.resize(size, Image.Resampling.LANCZOS, box=box))
+    # Equal up to rounding, but for hard edges where Pillow runs its two passes in another order than for the whole.
+    # Pillow keeps the box in single precision: cut to the neighbourhood of the crop, its numbers are small and exact enough.
+    x0, y0 = max(0, int(left * x) - MARGIN), max(0, int(top * y) - MARGIN)
+    x1, y1 = int((left + width) * x) + 1 + MARGIN, int((top + height) * y) + 1 + MARGIN
+    part = image.crop((x0, y0, min(x1, image.width), min(y1, image.height)))
+    box = (left * x - x0, top * y - y0, (left + width) * x - x0, (top + height) * y - y0)
+    return np.array(part.resize(size, Image.Resampling.LANCZOS, box=box))
 
 
 def to_latent(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

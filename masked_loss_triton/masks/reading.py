@@ -145,9 +145,7 @@ def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Ima
         UserError: naming the file and what is wrong with it.
     """
     try:
-        # A pipe or a device called x.png would block the program for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} is not a file: remove it or give the path of a picture")
+        check_is_file(path)
         with Image.open(path) as image:
             yield ImageOps.exif_transpose(image) if exif else image
     except UserError:
@@ -155,6 +153,17 @@ def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Ima
     except Exception as error:
         # Broken files make decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError, ...
         raise unreadable(path, error) from error
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Refuses folders, pipes and devices: opening a pipe called x.png would block the program for ever.
+
+    Raises:
+        UserError: naming what is no file.
+        OSError: when it does not exist or cannot be reached.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is not a file: remove it or correct the path")
 
 
 def unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:

@@ -95,11 +95,12 @@ def read_still(candidates: list[Candidate]) -> tuple[np.ndarray | None, Candidat
 def aspect_differs(first: tuple[int, int], second: tuple[int, int]) -> bool:
     """Whether two (width, height) differ in aspect ratio by more than 1%.
 
-    Less than one pixel of the smaller one is no difference: its sides had to be rounded.
+    Up to 2% passes where it is less than one pixel of the smaller one: its sides had to be rounded.
     """
     (w1, h1), (w2, h2) = sorted((first, second))
-    ratio = (w1 * h2) / (h1 * w2)
-    return abs(ratio - 1) > MAX_ASPECT_DIFFERENCE and min(abs(h1 - w1 * h2 / w2), abs(w1 - h1 * w2 / h2)) >= 1
+    difference = abs((w1 * h2) / (h1 * w2) - 1)
+    rounded = min(abs(h1 - w1 * h2 / w2), abs(w1 - h1 * w2 / h2)) < 1
+    return difference > (2 * MAX_ASPECT_DIFFERENCE if rounded else MAX_ASPECT_DIFFERENCE)
 
 
 def align_to_picture(

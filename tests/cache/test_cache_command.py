@@ -1,0 +1,376 @@
+"""masked-loss cache: the right weights in the right place, once, and nothing else changed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
+from tests.cache.support import Lab, disc, read, weights
+
+
+def expected(mask: np.ndarray, bucket=(144, 112)) -> torch.Tensor:
+    size = (bucket[1] // 8, bucket[0] // 8)
+    return torch.from_numpy(to_latent(resize_to_bucket(mask, bucket), size)).half().float()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(tmp_path)
+
+
+def snapshot(lab):
+    return {path.name: path.read_bytes() for path in lab.cache.iterdir()}
+
+
+def test_sources_in_their_order_and_provenance(lab, capsys):
+    mask, alpha = disc((160, 120)), disc((160, 120), (0.7, 0.4))
+    lab.picture("both", mask=mask, alpha=alpha)
+    lab.picture("file", mask=mask)
+    lab.picture("opaque", mask=mask, alpha=np.full((120, 160), 255, np.uint8))
+    lab.picture("none")
+    paths = {stem: lab.add_cache(stem) for stem in ("both", "file", "opaque", "none")}
+    before = {stem: load_file(path) for stem, path in paths.items()}
+    assert lab.run("cache", "--alpha_mask", "--mask_directory", lab.masks) == 0
+    said = capsys.readouterr().out
+    assert "4 masks written" in said
+    assert "alpha 1, file 2, full 1" in said
+    assert "Full weight, no mask: none" in said
+    assert torch.equal(weights(paths["both"])[0], expected(alpha))
+    assert torch.equal(weights(paths["file"])[0], expected(mask))
+    assert torch.equal(weights(paths["opaque"])[0], expected(mask))
+    assert torch.equal(weights(paths["none"]), torch.ones(1, 14, 18))
+    for stem, path in paths.items():
+        tensors, metadata = read(path)
+        for name, tensor in before[stem].items():
+            assert torch.equal(tensors[name], tensor)
+        assert metadata["architecture"] == "wan"
+        assert metadata["format_version"] == "1.0.1"
+        assert metadata["mask_source"] == {"both": "alpha", "none": "full"}.get(stem, "file")
+        assert metadata["mask_file"] == {"none": ""}.get(stem, f"{stem}.png")
+        assert len(metadata["mask_hash"]) == 64
+        assert json.loads(metadata["mask_operations"])["mask_dilate"] == 0
+        assert metadata["mask_version"].startswith("masked_loss_triton ")
+
+
+def test_a_default_mask_and_a_required_one(lab, capsys):
+    lab.picture("none")
+    path = lab.add_cache("none")
+    before = path.read_bytes()
+    assert lab.run("cache", "--mask_directory", lab.masks, "--require_mask") == 1
+    assert "none.png has no mask, and require_mask is set" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    default = lab.folder / "default.png"
+    Image.fromarray(disc((50, 50))).save(default)
+    assert lab.run("cache", "--default_mask", default, "--require_mask") == 0
+    assert read(path)[1]["mask_source"] == "default"
+    import cv2
+
+    stretched = cv2.resize(disc((50, 50)), (160, 120), interpolation=cv2.INTER_LINEAR)
+    assert torch.equal(weights(path)[0], expected(stretched))
+
+
+def test_running_again_writes_only_what_changed(lab, capsys):
+    for stem in "abc":
+        lab.picture(stem, mask=disc((160, 120)))
+        lab.add_cache(stem)
+    flags = ("--mask_directory", lab.masks)
+    assert lab.run("cache", *flags, "--dry-run") == 0
+    assert "Dry run, nothing changed: 3 masks written" in capsys.readouterr().out
+    assert not any(b"mask_weights" in data for data in snapshot(lab).values())
+    assert lab.run("cache", *flags) == 0
+    first = snapshot(lab)
+    stamps = {path: path.stat().st_mtime_ns for path in lab.cache.iterdir()}
+    capsys.readouterr()
+    assert lab.run("cache", *flags) == 0
+    assert "3 up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in lab.cache.iterdir()} == stamps
+    Image.fromarray(disc((160, 120), radius=0.2)).save(lab.masks / "b.png")
+    assert lab.run("cache", *flags) == 0
+    assert "1 masks written, 2 up to date" in capsys.readouterr().out
+    changed = [name for name, data in snapshot(lab).items() if data != first[name]]
+    assert [name[0] for name in changed] == ["b"]
+    assert lab.run("cache", *flags, "--mask_dilate", "3") == 0
+    assert "3 masks written" in capsys.readouterr().out
+    assert lab.run("cache", *flags, "--mask_dilate", "3", "--force") == 0
+    assert "3 masks written" in capsys.readouterr().out
+    assert lab.run("cache", *flags, "--mask_dilate", "3", "--dtype", "float32") == 0
+    assert weights(next(lab.cache.iterdir())).dtype == torch.float32
+    assert len([name for name in load_file(next(lab.cache.iterdir())) if "mask" in name]) == 1
+
+
+def test_remove_gives_back_what_the_trainer_wrote(lab, capsys):
+    lab.picture("a", mask=disc((160, 120)))
+    lab.add_cache("a")
+    before = snapshot(lab)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert snapshot(lab) != before
+    assert lab.run("cache", "--remove", "--dry-run") == 0
+    assert snapshot(lab) != before
+    assert lab.run("cache", "--remove") == 0
+    assert snapshot(lab) == before
+    assert lab.run("cache", "--remove") == 0
+    assert "1 up to date" in capsys.readouterr().out
+
+
+def test_pixel_operations_reach_the_weights(lab):
+    from masked_loss_triton.masks.operations import MaskOperations
+
+    mask = disc((160, 120))
+    lab.picture("a", mask=mask)
+    path = lab.add_cache("a")
+    plain = expected(mask)
+    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_dilate", "9", "--mask_blur", "0.01") == 0
+    grown = weights(path)[0]
+    assert torch.equal(grown, expected(MaskOperations(mask_dilate=9, mask_blur=0.01).apply(mask, "a")))
+    assert grown.mean() > plain.mean()
+    assert (
+        lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_gamma", "2", "--mask_bake_min_weight", "0.5") == 0
+    )
+    torch.testing.assert_close(weights(path)[0], plain**2 * 0.5 + 0.5, atol=2e-3, rtol=0)
+    lab.add_cache("b")
+    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_invert") == 0
+    torch.testing.assert_close(weights(path)[0], 1 - plain, atol=1e-3, rtol=0)
+    assert torch.equal(weights(lab.cache / "b_0160x0120_wan.safetensors"), torch.ones(1, 14, 18))
+
+
+def test_the_side_of_a_cell_comes_from_the_latents(tmp_path):
+    lab = Lab(tmp_path, "hv15")
+    lab.picture("a", mask=disc((160, 120)))
+    path = lab.add_cache("a", cell=16)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    small = resize_to_bucket(disc((160, 120)), (144, 112))
+    assert torch.equal(weights(path)[0], torch.from_numpy(to_latent(small, (7, 9))).half().float())
+
+
+def test_a_cache_of_another_resolution_is_refused(lab, capsys):
+    lab.picture("a", mask=disc((160, 120)))
+    path = lab.add_cache("a")
+    lab.resolution = (256, 192)
+    lab.write_toml()
+    before = path.read_bytes()
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert "run the caching script again with this dataset file" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_another_aspect_ratio_names_both_files(lab, capsys):
+    picture = lab.picture("a", mask=disc((160, 117)))
+    path = lab.add_cache("a")
+    before = path.read_bytes()
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    line = capsys.readouterr().err
+    assert f"{lab.masks / 'a.png'} is 160x117 but {picture} is 160x120" in line
+    assert path.read_bytes() == before
+    whole = Image.fromarray(disc((160, 120)))
+    whole.resize((80, 60), Image.Resampling.BOX).save(lab.masks / "a.png")
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert (weights(path)[0] - expected(disc((160, 120)))).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_of_the_upright_picture_is_turned_back(lab, orientation):
+    from PIL import ImageOps
+
+    mask = disc((160, 120), (0.2, 0.3))
+    lab.picture("a")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (160, 120)).save(lab.images / "a.png", exif=exif)
+    turned = Image.fromarray(mask)
+    turned.getexif()[0x0112] = orientation
+    upright = ImageOps.exif_transpose(turned)
+    assert upright.size == (120, 160)
+    upright.save(lab.masks / "a.png")
+    path = lab.add_cache("a")
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert torch.equal(weights(path)[0], expected(mask))
+
+
+def frames_of(count, size=(128, 128)):
+    return [disc(size, (0.2 + 0.6 * t / count, 0.5), 0.2) for t in range(count)]
+
+
+def video_lab(tmp_path, frames, fps=16, source_fps=None):
+    av = pytest.importorskip("av")
+    lab = Lab(tmp_path)
+    lab.write_toml(kind="video", entry=f"source_fps = {source_fps}" if source_fps else "")
+    with av.open(str(lab.images / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuv420p"
+        stream.options = {"crf": "1"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.repeat(frame[..., None], 3, 2), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return lab
+
+
+def clip_expected(frames, start, count, latents, reduce="mean"):
+    planes = np.stack([to_latent(resize_to_bucket(one, (128, 128)), (16, 16)) for one in frames[start : start + count]])
+    return torch.from_numpy(group_frames(planes, latents, reduce)).half().float()
+
+
+@pytest.mark.parametrize("form", ["folder", "video", "still"])
+def test_masks_of_clips_follow_every_window(tmp_path, form):
+    frames = frames_of(13)
+    lab = video_lab(tmp_path, frames)
+    if form == "folder":
+        (lab.masks / "clip").mkdir()
+        for t, frame in enumerate(frames):
+            Image.fromarray(frame).save(lab.masks / "clip" / f"{t:04d}.png")
+    elif form == "video":
+        os.link(lab.images / "clip.mp4", lab.masks / "clip.mkv")
+    else:
+        Image.fromarray(frames[5]).save(lab.masks / "clip.png")
+        frames = [frames[5]] * 13
+    windows = [(0, 1, 1), (0, 13, 4), (4, 9, 3), (8, 5, 2)]
+    paths = [lab.add_cache(f"clip_{s:05d}-{n:03d}", (128, 128), frames=f) for s, n, f in windows]
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    tolerance = 0.02 if form == "video" else 0
+    for path, window in zip(paths, windows, strict=True):
+        difference = (weights(path) - clip_expected(frames, *window)).abs().max()
+        assert difference <= tolerance
+    if form == "folder":
+        assert lab.run("cache", "--mask_directory", lab.masks, "--mask_time", "max") == 0
+        assert torch.equal(weights(paths[1]), clip_expected(frames, 0, 13, 4, "max"))
+        assert (weights(paths[1]) >= clip_expected(frames, 0, 13, 4)).all()
+
+
+def test_masks_lose_the_frames_that_the_clip_loses(tmp_path):
+    from masked_loss_triton.masks.frames import kept_frames
+
+    frames = frames_of(20)
+    lab = video_lab(tmp_path, frames, fps=30, source_fps=30.0)
+    (lab.masks / "clip").mkdir()
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t:04d}.png")
+    path = lab.add_cache("clip_00001-009", (128, 128), frames=3)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    kept = [frames[i] for i in kept_frames(20, 30.0, 16.0)]
+    assert len(kept) < 12
+    assert torch.equal(weights(path), clip_expected(kept, 1, 9, 3))
+    assert not torch.equal(weights(path), clip_expected(frames, 1, 9, 3))
+
+
+def test_a_mask_with_too_few_frames_is_refused_once(tmp_path, capsys):
+    frames = frames_of(9)
+    lab = video_lab(tmp_path, frames)
+    (lab.masks / "clip").mkdir()
+    for t, frame in enumerate(frames[:4]):
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t:04d}.png")
+    for n, f in ((5, 2), (9, 3)):
+        lab.add_cache(f"clip_00000-{n:03d}", (128, 128), frames=f)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("has only 4 frames of the 9") == 1
+    assert "2 problems" in captured.out
+
+
+def test_a_clip_with_alpha_is_its_own_mask(tmp_path):
+    lab = Lab(tmp_path)
+    frames = frames_of(5)
+    folder = lab.folder / "clip"
+    folder.mkdir()
+    for t, frame in enumerate(frames):
+        Image.fromarray(np.dstack([frame, frame, frame, frame])).save(folder / f"{t}.png")
+    listing = lab.folder / "clips.jsonl"
+    listing.write_text(json.dumps({"video_path": str(folder), "caption": "x"}) + "\n")
+    lab.toml.write_text(
+        f'[[datasets]]\nresolution = [128, 128]\nvideo_jsonl_file = "{listing}"\ncache_directory = "{lab.cache}"\n'
+    )
+    path = lab.add_cache("clip_00000-005", (128, 128), frames=2)
+    assert lab.run("cache", "--alpha_mask") == 0
+    assert read(path)[1]["mask_source"] == "alpha"
+    assert torch.equal(weights(path), clip_expected(frames, 0, 5, 2))
+
+
+def test_a_json_lines_file_names_masks_line_by_line(lab):
+    picture = lab.picture("a")
+    mask = lab.folder / "elsewhere.png"
+    Image.fromarray(disc((160, 120))).save(mask)
+    listing = lab.folder / "items.jsonl"
+    listing.write_text(json.dumps({"image_path": str(picture), "caption": "x", "mask_path": str(mask)}) + "\n")
+    lab.toml.write_text(
+        f'[[datasets]]\nresolution = [128, 128]\nenable_bucket = true\nimage_jsonl_file = "{listing}"\n'
+        f'cache_directory = "{lab.cache}"\n'
+    )
+    path = lab.add_cache("a")
+    assert lab.run("cache") == 0
+    assert torch.equal(weights(path)[0], expected(disc((160, 120))))
+
+
+def test_one_frame_caches_carry_the_mask_at_the_target(lab, capsys):
+    lab.picture("a", mask=disc((160, 120)))
+    lab.write_toml(entry="fp_1f_clean_indices = [0, 7]\nfp_1f_target_index = 3")
+    path = lab.add_cache("a", frames=3, extra={"f_indices_int32": torch.tensor([0, 3, 7], dtype=torch.int32)})
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    result = weights(path)
+    assert torch.equal(result[1], expected(disc((160, 120))))
+    assert torch.equal(result[[0, 2]], torch.ones(2, 14, 18))
+    lab.write_toml()
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert "fp_1f_target_index" in capsys.readouterr().err
+
+
+def test_layered_caches_get_one_plane_for_each_layer(tmp_path, capsys):
+    lab = Lab(tmp_path, "qil")
+    lab.write_toml(entry="multiple_target = true")
+    layers = [disc((160, 120), (x, 0.5)) for x in (0.3, 0.6)]
+    lab.picture("a", mask=disc((160, 120)))
+    for index, alpha in enumerate(layers):
+        lab.picture(f"a_{index}", alpha=alpha).with_suffix(".txt").unlink()
+    path = lab.add_cache("a", frames=3)
+    assert lab.run("cache", "--alpha_mask", "--mask_directory", lab.masks) == 0
+    result = weights(path)
+    for plane, mask in zip(result, [disc((160, 120)), *layers], strict=True):
+        assert torch.equal(plane, expected(mask))
+    assert read(path)[1]["mask_source"] == "file,alpha,alpha"
+    lab.write_toml()
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert "set multiple_target" in capsys.readouterr().err
+
+
+def test_a_cache_that_was_cut_short_is_named_and_the_rest_is_done(lab, capsys):
+    for stem in "abc":
+        lab.picture(stem, mask=disc((160, 120)))
+        lab.add_cache(stem)
+    cut = lab.cache / "b_0160x0120_wan.safetensors"
+    data = cut.read_bytes()[:-100]
+    cut.write_bytes(data)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count(str(cut)) == 1
+    assert "2 masks written, 1 problems" in captured.out
+    assert cut.read_bytes() == data
+
+
+def test_an_orphaned_cache_gets_its_mask_by_stem(lab):
+    Image.fromarray(disc((160, 120))).save(lab.masks / "gone.png")
+    path = lab.add_cache("gone")
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert torch.equal(weights(path)[0], expected(disc((160, 120))))
+
+
+def test_usage_errors(lab, capsys):
+    lab.picture("a")
+    for flags, line in (
+        ((), "nothing says where the masks are"),
+        (("--mask_directory", lab.folder / "no"), "cannot be read"),
+        (("--mask_directory", lab.images), "is the image folder itself"),
+        (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.01"),
+        (("--alpha_mask", "--workers", "-1"), "--workers"),
+        (("--alpha_mask", "--remove", "--encode"), "--encode"),
+    ):
+        assert lab.run("cache", *flags) == 2
+        captured = capsys.readouterr()
+        assert line in captured.err
+        assert captured.err.count("\n") == 1
+    assert lab.run("cache", "--alpha_mask") == 1
+    assert "run the trainer's caching script first" in capsys.readouterr().err
