@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from masked_loss_triton.errors import UserError
@@ -45,10 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: {'not a folder' if images.exists() else 'there is no such folder'}", 2)
 
-    # Heavy from here on: torch, diffusers, peft, matplotlib.
+    # Heavy from here on: torch, diffusers, peft, matplotlib take several seconds.
+    if sys.stderr.isatty():
+        print("loading torch and diffusers", end="", file=sys.stderr, flush=True)
     from masked_loss_triton.demo.folder import check_output
     from masked_loss_triton.demo.pipeline import Settings, run_demo
 
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     settings = Settings(
         output=check_output(Path(args.output)),
         images=images,

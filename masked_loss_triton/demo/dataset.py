@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
 from masked_loss_triton.masks.reading import read_mask, read_picture
 
 RGBA_SIDE = 512  # the shorter side of the RGBA files; larger photographs are reduced
+NAME_LENGTH = 80  # characters: file systems take 255 bytes, and the caches' names add to it
 LEAST_SHARE, MOST_SHARE = 0.005, 0.995  # of the picture: outside this range there is no subject to tell from the rest
 
 Warn = Callable[[str], None]
@@ -50,14 +52,17 @@ def read_folder(folder: Path, warn: Warn) -> list[Photo]:
         except UserError as error:
             warn(f"skipped: {error}")
             continue
-        # Two pictures of one stem (cat.jpg, cat.png) would share a cache file.
-        taken = {photo.name for photo in photos}
-        name = f"{file.stem}_{file.suffix[1:].lower()}" if file.stem in taken else file.stem
-        photos.append(Photo(name, photo.rgb, photo.alpha))
+        photos.append(dataclasses.replace(photo, name=_new_name(file.stem, {other.name for other in photos})))
     if not photos:
         kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
         raise UserError(f"--images {folder}: no photograph in it can be used (looked for {kinds})")
     return photos
+
+
+def _new_name(stem: str, taken: Collection[str]) -> str:
+    """A name for files and captions: valid text of moderate length, and not taken (cat.jpg and cat.png have one stem)."""
+    name = stem.encode(errors="replace").decode()[:NAME_LENGTH]
+    return next(new for new in (name, *(f"{name}_{i}" for i in range(2, MAX_PHOTOS + 1))) if new not in taken)
 
 
 def _read_photo(file: Path, mask_file: Path | None) -> Photo:

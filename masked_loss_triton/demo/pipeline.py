@@ -88,7 +88,7 @@ def _run(settings: Settings) -> int:
         pictures = _draw(folder, subjects, results, titles)
         _save_models(folder, settings, results)
         facts = _facts(settings, device, backend, time.perf_counter() - start)
-        report.write_html(folder / "report.html", table, titles, claims, pictures, facts)
+        report.write_html(folder / "report.html", table, titles, claims, pictures, facts, settings.quick)
         content = {
             "made_by": MADE_BY,
             "table": table,

@@ -20,6 +20,7 @@ COLUMNS = {
 }
 SHOWN = "It learned the subject and left the background alone"
 NOT_SHOWN = "This run did not show everything it should"
+QUICK = "A quick run, to see that everything works"
 # Of each figure: what it shows, for who cannot see it, and its caption.
 CAPTIONS = {
     "predictions": (
@@ -91,8 +92,10 @@ def write_html(
     claims: Sequence[Claim],
     figures: Mapping[str, str],
     facts: Mapping[str, str],
+    quick: bool,
 ) -> None:
-    """Writes the page. `figures` are what `figure_html` made, by the names the template uses; `facts` its last table."""
+    """Writes the page. `figures` are what `figure_html` made, by the names the template uses; `facts` its last table; a
+    `quick` run claims nothing in the heading."""
     verdicts = "".join(
         f'<li class="{"yes" if claim.holds else "no"}"><span>{"shown" if claim.holds else "not shown"}</span>'
         f"{html.escape(claim.text)}</li>"
@@ -101,6 +104,6 @@ def write_html(
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()
     )
-    verdict = SHOWN if all(claim.holds for claim in claims) else NOT_SHOWN
+    verdict = QUICK if quick else SHOWN if all(claim.holds for claim in claims) else NOT_SHOWN
     page = PAGE.substitute(verdict=verdict, table=_html_table(table, titles), verdicts=verdicts, facts=rows, **figures)
     file.write_text(page, encoding="utf-8")

@@ -49,6 +49,11 @@ figure { margin: 1.5rem 0 0; }
 img { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 42rem; margin-top: 0.75rem; color: var(--quiet); font-size: 0.92rem; line-height: 1.5; }
 code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  main { padding: 2.5rem 1rem 4rem; }
+  h1 { font-size: 1.8rem; }
+  th, td { padding: 0.5rem 0.4rem; font-size: 0.85rem; white-space: normal; }
+}
 </style>
 </head>
 <body>

@@ -96,7 +96,14 @@ def test_a_broken_file_is_named_in_one_line_and_skipped(tmp_path, warnings):
 def test_two_files_of_one_stem_get_two_names(tmp_path, warnings):
     for name in ("cat.jpg", "cat.png"):
         Image.fromarray(noise(40, 40)).save(tmp_path / name)
-    assert [photo.name for photo in dataset.read_folder(tmp_path, warnings.append)] == ["cat", "cat_png"]
+    assert [photo.name for photo in dataset.read_folder(tmp_path, warnings.append)] == ["cat", "cat_2"]
+
+
+def test_names_that_are_long_or_not_text_are_made_usable(tmp_path, warnings):
+    for name in ("x" * 200 + ".png", "bad\udcff.png"):
+        Image.fromarray(noise(40, 40)).save(tmp_path / name)
+    names = [photo.name for photo in dataset.read_folder(tmp_path, warnings.append)]
+    assert names == ["bad?", "x" * 80]
 
 
 def test_a_folder_of_many_photographs_is_cut_short_and_says_so(tmp_path, warnings):

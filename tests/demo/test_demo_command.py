@@ -88,6 +88,7 @@ def test_the_page_stands_alone(report, content):
     assert page.count("data:image/png;base64,") == 8
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|@import|url\(|<script", page)
     assert "$" not in page
+    assert "<h1>A quick run" in page
     for row in content["table"].values():
         assert f">{row['inside']:.4f}<" in page
     assert str(report.parent) not in page
