@@ -213,4 +213,6 @@ def test_the_kernels_resample_as_interpolate_does(device, mode, sizes):
     masked_loss(leaf, target, mask, MaskedLossConfig(resample=mode, normalization="mean"), backend="triton").backward()
     options = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
     resized = torch.nn.functional.interpolate(mask.double(), size=(sizes[1], 7), mode=mode, **options).clamp(0, 1)
-    torch.testing.assert_close(leaf.grad[0, 0, 0].double(), -2 * resized[0, 0] / math.prod(resized.shape), rtol=4e-6, atol=2e-8)
+    torch.testing.assert_close(
+        leaf.grad[0, 0, 0].double(), -2 * resized[0, 0] / math.prod(resized.shape), rtol=4e-6, atol=2e-8
+    )

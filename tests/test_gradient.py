@@ -36,7 +36,9 @@ def test_backward_twice_with_retain_graph(device, backend, factors):
     once = gradient(pred, target, prior, mask, backend)
     leaf = pred.clone().requires_grad_()
     loss = masked_loss(leaf, target, mask, prior=prior, backend=backend)
-    gradients = [torch.autograd.grad(loss, leaf, torch.full_like(loss, factor), retain_graph=True)[0] for factor in factors]
+    gradients = [
+        torch.autograd.grad(loss, leaf, torch.full_like(loss, factor), retain_graph=True)[0] for factor in factors
+    ]
     for factor, got in zip(factors, gradients, strict=True):
         torch.testing.assert_close(got, once * factor, rtol=2e-6, atol=1e-9)
     leaf.grad = None
@@ -47,7 +49,7 @@ def test_backward_twice_with_retain_graph(device, backend, factors):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_in_the_users_hands_is_never_written_again(device, backend):
-    pred, target, prior, mask = case(device)
+    pred, target, _, mask = case(device)
     leaf = pred.clone().requires_grad_()
     loss = masked_loss(leaf, target, mask, backend=backend)
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -82,7 +84,9 @@ def test_no_input_is_modified(device, backend):
     pred, target, prior, mask = case(device)
     before = [x.clone() for x in (pred, target, prior, mask)]
     leaf = pred.requires_grad_()
-    loss = masked_loss(leaf, target, mask, MaskedLossConfig(blur_kernel_size=3, gamma=2.0), prior=prior, backend=backend)
+    loss = masked_loss(
+        leaf, target, mask, MaskedLossConfig(blur_kernel_size=3, gamma=2.0), prior=prior, backend=backend
+    )
     (loss * 3).backward()
     for x, y in zip((pred, target, prior, mask), before, strict=True):
         assert torch.equal(x.detach(), y)
@@ -145,5 +149,5 @@ def test_differentiating_twice_is_refused(device, backend):
     pred, target, _, mask = case(device)
     leaf = pred.clone().requires_grad_()
     loss = masked_loss(leaf * leaf, target, mask, backend=backend)
-    with pytest.raises(RuntimeError, match="differentiable once.*reference"):
+    with pytest.raises(RuntimeError, match=r"differentiable once.*reference"):
         torch.autograd.grad(loss, leaf, create_graph=True)

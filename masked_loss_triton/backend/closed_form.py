@@ -42,14 +42,15 @@ def loss(
         s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
         a = s.view(-1, 1, 1, 1) * w
         b = None if inputs.prior is None else r.view(-1, 1, 1, 1) * v
+    kept = (raw, w, v) if return_stats else None
+    del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
     arguments = (inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, inputs.flow_sign, config)
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
         total, target_term, prior_term = ClosedFormLoss.apply(*arguments)
     else:
         target_term, prior_term, _ = loss_and_gradient(*arguments, write_gradient=False)
         total = target_term + prior_term
-    stats = MaskedLossStats.from_weights(target_term, prior_term, raw, w, v) if return_stats else None
-    return total, stats
+    return total, None if kept is None else MaskedLossStats.from_weights(target_term, prior_term, *kept)
 
 
 class ClosedFormLoss(torch.autograd.Function):
@@ -118,23 +119,28 @@ def loss_and_gradient(
     shape = operands[0].shape
     a, b = (None if factor is None else factor.reshape(shape[0], *shape[2:]) for factor in (a, b))
     block_size = CPU_BLOCK if pred.device.type == "cpu" else DEVICE_BLOCK
-    scratch = torch.empty((3, min(pred.numel(), max(block_size, shape[1]))), device=pred.device)
+    # A float32 gradient is written where it belongs at once, and saves a buffer and a pass.
+    direct = write_gradient and pred.dtype == torch.float32
+    buffers = torch.empty((3 - direct - (b is None), min(pred.numel(), max(block_size, shape[1]))), device=pred.device)
     target_terms, prior_terms = [], []
     for block in _blocks(shape, block_size):
         views = iter([operand[block[0], :, block[1], block[2], block[3]] for operand in operands])
         p, t = next(views), next(views)
         x = None if latents is None else next(views)
-        difference, psi, total = (row[: p.numel()].view(p.shape) for row in scratch)
+        q = None if prior is None else next(views)
+        g = next(views, None)
+        scratch = iter([row[: p.numel()].view(p.shape) for row in buffers])
+        difference = next(scratch)
+        result = g if direct and g is not None else next(scratch)
         _subtract(difference, p, t, x, flow_sign)
-        target_terms.append(_weighted_error(difference, psi, a[block], config))
-        result = psi
-        if b is not None:
-            total.copy_(psi)
-            _subtract(difference, p, next(views), None, 1)
+        target_terms.append(_weighted_error(difference, result, a[block], config))
+        if q is not None:
+            psi = next(scratch)
+            _subtract(difference, p, q, None, 1)
             prior_terms.append(_weighted_error(difference, psi, b[block], config))
-            result = total.add_(psi)
-        if write_gradient:
-            next(views).copy_(result)
+            result.add_(psi)
+        if g is not None and not direct:
+            g.copy_(result)
     target_term = torch.stack(target_terms).sum()
     prior_term = torch.stack(prior_terms).sum() if prior_terms else torch.zeros_like(target_term)
     return target_term, prior_term, gradient
@@ -159,11 +165,11 @@ def _subtract(
 def _weighted_error(
     difference: torch.Tensor, psi: torch.Tensor, factor: torch.Tensor, config: MaskedLossConfig
 ) -> torch.Tensor:
-    """Leaves factor * rho'(difference) in psi, changes difference, and returns sum(factor * rho(difference))."""
+    """Leaves factor * rho'(difference) in psi, spoils difference, and returns sum(factor * rho(difference))."""
     factor = factor.unsqueeze(1)
     if config.loss_type == "mse":
         torch.mul(difference, 2 * factor, out=psi)
-        return torch.dot(difference.view(-1), psi.view(-1)) / 2
+        return _dot(difference, psi) / 2
     if config.loss_type == "l1":
         torch.sign(difference, out=psi)
     elif config.loss_type == "huber":
@@ -174,7 +180,14 @@ def _weighted_error(
         psi.clamp_(-1, 1)
         difference.sub_(psi, alpha=0.5 * config.loss_delta)
     psi.mul_(factor)
-    return torch.dot(difference.view(-1), psi.view(-1))
+    return _dot(difference, psi)
+
+
+def _dot(difference: torch.Tensor, psi: torch.Tensor) -> torch.Tensor:
+    """sum(difference * psi); difference is a buffer, and may be spoiled."""
+    if psi.is_contiguous():
+        return torch.dot(difference.view(-1), psi.view(-1))
+    return difference.mul_(psi).sum()
 
 
 def _with_one_axis_of_positions(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -124,7 +124,9 @@ def calls(draw, dtypes=DTYPES, with_prior=None):
     if draw(st.booleans()) if with_prior is None else with_prior:
         call["prior"] = elements(draw(st.sampled_from(dtypes)))
         call["prior_gate"] = draw(
-            st.sampled_from([None, torch.rand(batch, generator=generator), torch.rand(batch, generator=generator) > 0.5])
+            st.sampled_from(
+                [None, torch.rand(batch, generator=generator), torch.rand(batch, generator=generator) > 0.5]
+            )
         )
         if config.per_sample and draw(st.booleans()):
             call["prior_weight"] = torch.rand(batch, generator=generator)
