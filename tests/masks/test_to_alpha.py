@@ -1,0 +1,100 @@
+"""Pictures and masks become RGBA pictures and come back, byte for byte."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from masked_loss_triton.cli import main
+from masked_loss_triton.masks.reading import read_picture
+
+
+@pytest.fixture
+def folders(tmp_path):
+    images, masks, out = (tmp_path / name for name in ("images", "masks", "out"))
+    images.mkdir()
+    masks.mkdir()
+    return images, masks, out
+
+
+def run(images, masks, out, *flags):
+    return main(["to-alpha", "--images", str(images), "--masks", str(masks), "--out", str(out), *flags])
+
+
+def make(path, seed, size=(40, 30), channels=3, **options):
+    array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels)[: 2 + (channels > 1)], np.uint8)
+    Image.fromarray(array).save(path, **options)
+    return array
+
+
+def test_there_and_back(folders, tmp_path):
+    images, masks, out = folders
+    rgb = {stem: make(images / f"{stem}.png", i) for i, stem in enumerate("ab")}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    make(images / "c.jpg", 7, exif=exif, icc_profile=b"profile", quality=95)
+    rgb["c"] = read_picture(images / "c.jpg", exif=False).rgb
+    mask = {stem: make(masks / f"{stem}.png", 10 + i, channels=1) for i, stem in enumerate("abc")}
+    for stem in "abc":
+        (images / f"{stem}.txt").write_text(f"caption {stem}")
+    assert run(images, masks, out, "--captions", ".txt") == 0
+    assert sorted(os.listdir(out)) == ["a.png", "a.txt", "b.png", "b.txt", "c.png", "c.txt"]
+    for stem in "abc":
+        with Image.open(out / f"{stem}.png") as image:
+            assert np.array_equal(np.asarray(image), np.dstack([rgb[stem], mask[stem]]))
+        assert (out / f"{stem}.txt").read_text() == f"caption {stem}"
+    with Image.open(out / "c.png") as image:
+        assert image.getexif()[0x0112] == 6
+        assert image.info["icc_profile"] == b"profile"
+    back, back_masks = tmp_path / "back", tmp_path / "back_masks"
+    assert run(out, back_masks, back, "--split", "--captions", ".txt") == 0
+    for stem in "abc":
+        with Image.open(back / f"{stem}.png") as image, Image.open(back_masks / f"{stem}.png") as alpha:
+            assert np.array_equal(np.asarray(image), rgb[stem])
+            assert np.array_equal(np.asarray(alpha), mask[stem])
+
+
+def test_nothing_is_overwritten_unasked(folders, capsys):
+    images, masks, out = folders
+    make(images / "a.png", 0)
+    make(masks / "a.png", 1, channels=1)
+    out.mkdir()
+    (out / "a.png").write_text("precious")
+    assert run(images, masks, out) == 1
+    assert "is already there: give --force" in capsys.readouterr().err
+    assert (out / "a.png").read_text() == "precious"
+    assert run(images, masks, out, "--force") == 0
+    assert read_picture(out / "a.png").alpha is not None
+
+
+def test_each_problem_is_named_and_the_rest_done(folders, capsys):
+    images, masks, out = folders
+    for stem in ("good", "alone", "square", "nocaption"):
+        make(images / f"{stem}.png", 3)
+    make(images / "good.webp", 4)
+    (images / "broken.png").write_bytes(b"x")
+    for stem in ("good", "broken", "nocaption"):
+        make(masks / f"{stem}.png", 5, channels=1)
+    make(masks / "square.png", 5, size=(40, 40), channels=1)
+    (images / "good.txt").write_text("x")
+    assert run(images, masks, out, "--captions", ".txt") == 1
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 5
+    for part in ("alone.png has no mask", "broken.png is not a picture", "square.png is 40x40 but", "has no caption"):
+        assert sum(part in line for line in lines) == 1
+    assert "good.webp has the same stem as good.png" in captured.err
+    assert "good.png" in os.listdir(out)
+    assert not any(name.endswith("masktmp") for name in os.listdir(out))
+
+
+def test_usage(folders, capsys):
+    images, masks, out = folders
+    assert run(images, masks, out) == 2
+    assert "has no pictures" in capsys.readouterr().err
+    assert run(images, images, out) == 2
+    assert "must be three folders" in capsys.readouterr().err
+    assert run(images / "no", masks, out) == 2
