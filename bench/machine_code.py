@@ -187,13 +187,15 @@ def _accesses(file: str) -> dict[int, str]:
     if not os.path.exists(file):
         return {}
     names: dict[int, str] = {}
-    for node in ast.walk(ast.parse(pathlib.Path(file).read_text())):
-        if not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store", "tl.atomic_add")):
-            continue
-        pointer = re.search(r"(\w+)_ptr", ast.unparse(node.args[0]))
-        # A load inside another call keeps its own line; the last line of a call is never that of another one.
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-            names.setdefault(line, pointer[1] if pointer else "?")
+    calls = [
+        node for node in ast.walk(ast.parse(pathlib.Path(file).read_text())) if isinstance(node, ast.Call) and node.args
+    ]
+    # Loads and stores first. Then helpers that take a pointer: some tools name the line of the call, and not the load inside.
+    accesses = [node for node in calls if ast.unparse(node.func) in ("tl.load", "tl.store", "tl.atomic_add")]
+    for node in [*accesses, *calls]:
+        if pointer := re.search(r"(\w+)_ptr", ast.unparse(node.args[0])):
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                names.setdefault(line, pointer[1])
     return names
 
 

@@ -1,0 +1,146 @@
+"""cuxray's gate over the kernels: no spills, no stack, registers within the budget, no unexplained uncoalesced access.
+
+    python -m bench.gate                       # every variant, every CUDA target; exit status 1 when something is violated
+
+cuxray (PyPI) analyses the machine code and needs no GPU. It fetches nothing here: its tools are those of the Triton wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+from bench.cases import build
+from bench.launches import DEVICES, launches_of
+from bench.machine_code import NVIDIA_TOOLS, tensor_at, tool, with_true_lines
+from bench.variants import REGISTERS, VARIANTS
+
+CUDA_TARGETS = [name for name in DEVICES if name.startswith("sm_")]
+
+# Accesses that cuxray calls uncoalesced, by kernel and tensor, and why they stay.
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("loss_kernel", "terms"): "the last program alone adds the partial losses, a few KB in all",
+    ("loss_kernel", "partials"): "some hundred sums of the weights per program, from the second-level cache",
+    (
+        "weights_kernel",
+        "mask",
+    ): "1/16 of pred's bytes or less; lanes beside each other share sectors, and the first-level cache",
+    (
+        "resample_kernel",
+        "mask",
+    ): "1/16 of pred's bytes or less; lanes beside each other share sectors, and the first-level cache",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An access that wastes sectors."""
+
+    unit: str
+    kernel: str
+    tensor: str
+    place: str
+    efficiency: float  # percent of the sectors that are asked for
+
+    @property
+    def why(self) -> str | None:
+        return EXPLAINED.get((self.kernel, self.tensor))
+
+
+def write_cubins(folder: pathlib.Path, variants: Iterable[str], targets: Iterable[str]) -> int:
+    """One cubin per distinct kernel, named after the first variant that needs it; how many."""
+    seen: set[int] = set()
+    for variant in variants:
+        call = build(VARIANTS[variant], filled=False)
+        for target in targets:
+            device = DEVICES[target]
+            for launch in launches_of(call, device.multiprocessors, stats=VARIANTS[variant].stats):
+                kernel = launch.compile(device.target)
+                if id(kernel) not in seen:
+                    seen.add(id(kernel))
+                    _assemble(kernel.asm["ptx"], folder / f"{variant.replace(' ', '_')}.{launch.name}.{target}.cubin")
+    return len(seen)
+
+
+def _assemble(ptx: str, cubin: pathlib.Path) -> None:
+    """With the ptxas of CUDA 13, which Triton itself uses from sm_100 on: cuxray cannot follow what older ones write."""
+    source = cubin.with_suffix(".ptx")
+    source.write_text(with_true_lines(ptx))
+    architecture = re.search(r"\.target\s+(sm_\w+)", ptx)
+    assert architecture is not None, "PTX without a target"
+    tool("ptxas-blackwell", f"--gpu-name={architecture[1]}", "-lineinfo", str(source), "-o", str(cubin))
+    source.unlink()
+
+
+def budget() -> dict[str, Any]:
+    """cuxray's budget file."""
+    rules = [
+        {"match": f"^{kernel}$", "gate": f"spill_instrs==0, stack==0, regs<={registers}"}
+        for kernel, registers in REGISTERS.items()
+    ]
+    return {"default": "spill_instrs==0, stack==0", "kernels": rules}
+
+
+def run_gate(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The violations of the budget."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(budget(), file)
+        file.flush()
+        return _cuxray("gate", str(folder), "--budget", file.name, "--json")["violations"]
+
+
+def uncoalesced(folder: pathlib.Path) -> list[Finding]:
+    findings = []
+    for unit in _cuxray("report", str(folder), "--json")["units"]:
+        for kernel in unit["kernels"]:
+            for site in (kernel.get("access") or {}).get("by_site", []):
+                if site["verdict"] == "uncoalesced":
+                    place = f"{pathlib.Path(site['file']).name}:{site['line']}"
+                    tensor = tensor_at(site["file"], site["line"])
+                    findings.append(
+                        Finding(unit["label"], kernel["name"], tensor, place, site.get("efficiency_pct") or 0.0)
+                    )
+    return findings
+
+
+def _cuxray(*arguments: str) -> dict[str, Any]:
+    environment = os.environ | {"CUXRAY_NO_FETCH": "1", "CUXRAY_TOOLCHAIN": str(NVIDIA_TOOLS)}
+    command = [sys.executable, "-m", "cuxray", *arguments]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode not in (0, 1) or not finished.stdout.strip():
+        raise RuntimeError(f"cuxray failed with status {finished.returncode}: {finished.stderr.strip()}")
+    return json.loads(finished.stdout)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n")[0])
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; default: all")
+    parser.add_argument("--target", action="append", choices=CUDA_TARGETS, help="may be repeated; default: all")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        count = write_cubins(folder, options.variant or VARIANTS, options.target or CUDA_TARGETS)
+        violations = run_gate(folder)
+        findings = uncoalesced(folder)
+    print(f"{count} kernels, {len(violations)} violations of the budget, {len(findings)} uncoalesced accesses")
+    for violation in violations:
+        print(f"  {violation['unit']}: {violation['reason']}")
+    for finding in findings:
+        why = finding.why or "NOT EXPLAINED"
+        print(
+            f"  {finding.unit}: {finding.tensor} at {finding.place}, {finding.efficiency:.0f}% of its sectors used: {why}"
+        )
+    return 1 if violations or any(finding.why is None for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

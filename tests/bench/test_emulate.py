@@ -1,0 +1,63 @@
+"""The compiled code, executed: the reference's numbers, nothing out of bounds, full sectors, the bytes of the ledger."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import emulate
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulate.why_unavailable() is not None, reason=f"no emulator: {emulate.why_unavailable()}"),
+]
+CHECKED = (
+    "26x38",
+    "42x24",
+    "21x60x104",
+    "26x38 bf16",
+    "42x24 bf16",
+    "26x38 prior",
+    "26x38 channels last",
+    "26x38 pixels uint8",
+)
+# Rows of 26 x 38 halves start on multiples of 8 bytes, not of 32: each access of a warp touches one sector more than it fills.
+LESS_FULL = {"26x38 bf16": 0.90}
+
+
+@pytest.fixture(scope="module")
+def results():
+    command = [sys.executable, "-m", "bench.emulate", "--json"]
+    for name in CHECKED:
+        command += ["--case", name]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr  # an access out of bounds ends here
+    return {result["name"]: result for result in map(json.loads, finished.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_compiled_code_gives_the_numbers_of_the_reference(results, name):
+    assert results[name]["loss_error"] <= 1e-6
+    assert results[name]["gradient_error"] <= 1
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_sectors_are_full(results, name):
+    for tensor in ("pred", "target", "gradient"):
+        assert results[name]["fullness"][f"loss_kernel.{tensor}"] >= LESS_FULL.get(name, 0.95), tensor
+
+
+@pytest.mark.parametrize("name", ["26x38", "42x24", "21x60x104", "26x38 prior"])
+def test_executed_bytes_are_those_of_the_ledger(results, name):
+    """Each launch asks at least once for every byte that the ledger says, and for no other."""
+    assert results[name]["distinct"] <= (4.15 if "prior" in name else 3.15) * results[name]["bytes_of_pred"]
+    assert results[name]["launches"] <= 3
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_backward_by_one_does_not_touch_the_gradient(results, name):
+    """bench/ledger.py counts on it."""
+    assert not any(tensor.startswith("scale_kernel.gradient") for tensor in results[name]["moved"])

@@ -1,0 +1,93 @@
+"""The machine code of the kernels, compiled for five GPUs without one: no spills, 128-bit accesses of contiguous tensors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.cases import build
+from bench.variants import REGISTERS, TARGETS, VARIANTS
+
+# The subset that fits into two minutes; `python -m bench.compiled` and `python -m bench.gate` do all variants.
+CHECKED = ("main", "prior bf16", "flow", "26x38", "pixels uint8 bf16")
+GATED = ("prior bf16", "26x38")
+CUDA = [target for target in TARGETS if target.startswith("sm_")]
+
+
+def run(*arguments):
+    """A tool of bench/ in a process where kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def rows():
+    command = ["bench.compiled", "--json", "-"]
+    for variant in CHECKED:
+        command += ["--variant", variant]
+    finished = run(*command)
+    assert finished.returncode == 0, finished.stderr
+    rows = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert {(row["variant"], row["target"]) for row in rows} == {(v, t) for v in CHECKED for t in TARGETS}
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills_and_nothing_lives_in_local_memory(rows, target):
+    for row in rows:
+        if row["target"] == target:
+            assert (row["spills"], row["local_bytes"]) == (0, 0), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_stay_within_the_budget(rows, target):
+    for row in rows:
+        if row["target"] == target:
+            assert row["registers"] <= REGISTERS[row["kernel"]], row
+
+
+def width_of(variant, tensor):
+    """Bits of the widest access that the alignment of the rows allows: a row of H * W elements may start anywhere."""
+    case = VARIANTS[variant]
+    call = build(case, "meta", filled=False)
+    values = {"pred": call.pred, "target": call.target, "prior": call.prior, "gradient": call.pred}
+    if case.flow:
+        values |= {"target": call.target.noise, "latents": call.target.latents}
+    row = values[tensor].element_size() * values[tensor][0, 0].numel()
+    return min(128, 8 * (row & -row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", CHECKED)
+def test_contiguous_tensors_move_as_many_bits_as_their_rows_are_aligned(rows, variant, target):
+    (row,) = [r for r in rows if (r["variant"], r["target"], r["kernel"]) == (variant, target, "loss_kernel")]
+    case = VARIANTS[variant]
+    expected = ["pred", "target", *["prior"] * case.prior, *["latents"] * case.flow]
+    assert set(expected) <= row["loads"].keys()
+    for tensor, widths in [*((name, row["loads"][name]) for name in expected), ("gradient", row["stores"]["gradient"])]:
+        assert min(map(int, widths)) >= width_of(variant, tensor), (tensor, widths)
+
+
+def test_expected_width_is_128_bits_on_all_but_the_oddest_rows():
+    assert width_of("main", "pred") == 128
+    assert width_of("26x38", "gradient") == 128
+    assert width_of("26x38 bf16", "pred") == 64  # 988 positions of two bytes: rows start on multiples of eight bytes
+
+
+@pytest.mark.slow
+def test_cuxray_finds_no_spill_and_no_unexplained_access():
+    pytest.importorskip("cuxray", reason="cuxray is not installed: pip install -e '.[bench]'")
+    command = ["bench.gate", "--target", "sm_90", "--target", "sm_100"]
+    for variant in GATED:
+        command += ["--variant", variant]
+    finished = run(*command)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
