@@ -1,0 +1,124 @@
+"""The mask of a stem is found in one pass, in a fixed order, and fitted to the stored pixels of its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.frames import frame_files, kept_frames, read_frames
+from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, aspect_differs
+
+
+def test_masks_are_found_by_stem_whatever_the_format(tmp_path):
+    for name in ("a.png", "b.WEBP", "c.tiff", "d.jpg", "d.png", "e.txt", "clip.mp4", "clip.png", "two.dots.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "clip").mkdir()
+    masks = MaskDirectory(tmp_path)
+    found = {stem: masks.find(stem, video=False) for stem in ("a", "b", "c", "d", "e", "two.dots", "folder")}
+    names = {stem: path and path.name for stem, path in found.items()}
+    assert names == {
+        "a": "a.png",
+        "b": "b.WEBP",
+        "c": "c.tiff",
+        "d": "d.png",
+        "e": None,
+        "two.dots": "two.dots.png",
+        "folder": None,
+    }
+    assert [(first.name, second.name) for first, second in masks.ambiguous] == [("d.png", "d.jpg")]
+    assert masks.find("clip", video=True) == tmp_path / "clip", "frames before the lossy video before a still"
+    (tmp_path / "clip").rmdir()
+    assert MaskDirectory(tmp_path).find("clip", video=True) == tmp_path / "clip.mp4"
+    assert MaskDirectory(tmp_path).find("clip", video=False) == tmp_path / "clip.png"
+    with pytest.raises(UserError, match=r"mask_directory .* cannot be read"):
+        MaskDirectory(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "differs"),
+    [
+        ((1000, 750), (1000, 750), False),
+        ((1000, 750), (500, 375), False),
+        ((1000, 750), (1000, 743), False),
+        ((1000, 750), (1000, 742), True),
+        ((1000, 750), (742, 1000), True),
+        ((1000, 985), (64, 63), False),  # the half-pixel of a small copy
+        ((1000, 985), (640, 623), True),
+        ((1, 1), (160, 120), True),
+        ((20000, 1), (160, 120), True),
+    ],
+)
+def test_one_percent_of_aspect_ratio(first, second, differs):
+    assert aspect_differs(first, second) is differs
+    assert aspect_differs(second, first) is differs
+
+
+def test_a_default_mask_is_stretched_to_any_shape():
+    mask = np.full((10, 10), 77, np.uint8)
+    assert align_to_picture(mask, (40, 7), Path("m"), Path("p"), shared=True).shape == (7, 40)
+    with pytest.raises(UserError, match=r"m\.png is 10x10 but p\.png is 40x7"):
+        align_to_picture(mask, (40, 7), Path("m.png"), Path("p.png"))
+
+
+def test_frames_of_a_folder_come_in_the_order_of_their_names(tmp_path):
+    for index in (2, 10, 1):
+        Image.new("L", (3, 2), index).save(tmp_path / f"{index:03d}.png")
+    (tmp_path / "notes.txt").touch()
+    assert [path.name for path in frame_files(tmp_path)] == ["001.png", "002.png", "010.png"]
+    assert [int(frame[0, 0]) for frame in read_frames(tmp_path)] == [1, 2, 10]
+    assert list(read_frames(tmp_path, alpha=True)) == []
+    (tmp_path / "002.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"002\.png is empty"):
+        list(read_frames(tmp_path))
+
+
+def test_video_masks_are_black_and_white_where_they_were(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "m.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for t in range(5):
+            frame = np.zeros((48, 64, 3), np.uint8)
+            frame[:, 8 * t : 8 * t + 16] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    frames = list(read_frames(path))
+    assert len(frames) == 5
+    for t, frame in enumerate(frames):
+        assert frame.dtype == np.uint8
+        assert frame[:, 8 * t + 2 : 8 * t + 14].min() >= 250
+        assert np.delete(frame, np.s_[max(0, 8 * t - 2) : 8 * t + 18], axis=1).max() <= 5
+    for content in (b"", b"no video", path.read_bytes()[:300]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"m\.mp4 cannot be decoded as a video"):
+            list(read_frames(path))
+
+
+def test_a_video_with_alpha_gives_its_alpha(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.mov"
+    alpha = np.zeros((48, 64), np.uint8)
+    alpha[10:30, 20:50] = 255
+    rgba = np.dstack([np.full((48, 64, 3), 90, np.uint8), alpha])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgba"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
+        container.mux(stream.encode())
+    frames = list(read_frames(path, alpha=True))
+    assert len(frames) == 2
+    assert all(np.array_equal(frame, alpha) for frame in frames)
+
+
+def test_kept_frames_stop_and_go_on():
+    import itertools
+
+    assert list(itertools.islice(kept_frames(None, 32.0, 16.0), 4)) == [0, 2, 4, 6]
+    assert list(kept_frames(0, 32.0, 16.0)) == []
