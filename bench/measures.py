@@ -153,27 +153,37 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
 FLUSH = 256 * 2**20
 
 
-def seconds(work: Callable[[], Any], device: torch.device, rounds: int = 20, warmup: int = 3) -> list[float]:
-    """Time of each round: CUDA events around the work with a cold second-level cache; perf_counter on the CPU."""
-    for _ in range(warmup):
-        work()
+def seconds(
+    work: Callable[..., Any], device: torch.device, rounds: int = 20, setup: Callable[[], Any] | None = None
+) -> list[float]:
+    """Time of `work(setup())` in each round, without the setup; on CUDA by events on the device and with a cold second-level cache."""
+    arguments: list[Any] = [] if setup is None else [None]
+
+    def prepare() -> None:
+        if setup is not None:
+            arguments[0] = setup()
+
+    for _ in range(3):
+        prepare()
+        work(*arguments)
     if device.type != "cuda":
-        return [_cpu_seconds(work) for _ in range(rounds)]
+        times = []
+        for _ in range(rounds):
+            prepare()
+            start = time.perf_counter()
+            work(*arguments)
+            times.append(time.perf_counter() - start)
+        return times
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(rounds)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
+        prepare()
         flush.zero_()
         start.record()
-        work()
+        work(*arguments)
         end.record()
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
-
-
-def _cpu_seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def copy_bandwidth(bytes_moved: int, device: torch.device) -> float:
