@@ -16,13 +16,13 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m pytest bench --benchmark-enable $(ARGS)
+	$(BIN)/python -m bench.report $(ARGS)
 
 # Installed anew when pyproject.toml changes; the code itself is installed editable.
 $(VENV)/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,test,lint]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,test,lint,bench]'
 	touch $@
 
 clean:

@@ -156,7 +156,7 @@ FLUSH = 256 * 2**20
 def seconds(
     work: Callable[..., Any], device: torch.device, rounds: int = 20, setup: Callable[[], Any] | None = None
 ) -> list[float]:
-    """Time of `work(setup())` in each round, without the setup; on CUDA by events on the device and with a cold second-level cache."""
+    """Time of `work(setup())` in each round, without the setup; on CUDA by events and with a cold second-level cache."""
     arguments: list[Any] = [] if setup is None else [None]
 
     def prepare() -> None:

@@ -1,8 +1,8 @@
 """Time and memory of the loss: eager recipes of the peers, torch.compile of the best of them, ours. `make bench` runs this.
 
 Each measurement is one (case, loss, part). Part "forward" keeps the graph, as training does; "backward" is measured alone; "both"
-is what a step pays. Two rows are yardsticks: "copy" moves between two tensors that exist, "floor" reads pred, target (and prior) once
-and writes one fresh tensor of the size of pred: no loss with a gradient can move less.
+is what a step pays. Two rows are yardsticks: "copy" moves between two tensors that exist, "floor" reads pred, target (and prior)
+once and writes one fresh tensor of the size of pred: no loss with a gradient can move less.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""The plots of the results: one idea each, readable without the table."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Rows = list[dict[str, Any]]
+OURS, COMPILED, PEER, YARDSTICK = "#1b7f5c", "#c98a1b", "#9aa5b1", "#3b4252"
+
+
+def is_eager(loss: str) -> bool:
+    return not loss.startswith(("ours", "torch.compile", "copy", "floor"))
+
+
+def _color(loss: str) -> str:
+    if loss.startswith("ours"):
+        return OURS
+    return PEER if is_eager(loss) else COMPILED if loss.startswith("torch.compile") else YARDSTICK
+
+
+def _bars(axes: Any, names: list[str], values: list[float], title: str, label: str, form: str) -> None:
+    axes.barh(range(len(names)), values, color=[_color(name) for name in names], height=0.72)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    for index, value in enumerate(values):
+        axes.text(value, index, " " + format(value, form), va="center", fontsize=7)
+    axes.set_xlim(0, 1.13 * max(values))
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, folder: pathlib.Path, name: str, alternative: str) -> list[str]:
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    plt.close(figure)
+    return [f"![{alternative}]({name}.png)"]
+
+
+def time(rows: Rows, folder: pathlib.Path) -> list[str]:
+    """Forward and backward of every loss, one panel per case, at most eight."""
+    both = [row for row in rows if row["part"] == "both" and row["loss"] != "copy"]
+    cases = list(dict.fromkeys(row["case"] for row in both))[:8]
+    height = -(-len(cases) // 2)
+    figure, grid = plt.subplots(height, 2, figsize=(12, 3.1 * height), layout="constrained", squeeze=False)
+    for axes in grid.flat[len(cases) :]:
+        axes.set_visible(False)
+    for axes, case in zip(grid.flat, cases, strict=False):
+        of_case = sorted((row for row in both if row["case"] == case), key=lambda row: row["milliseconds"])
+        names, values = [row["loss"] for row in of_case], [row["milliseconds"] for row in of_case]
+        _bars(axes, names, values, case, "ms, forward + backward", ".2f")
+    figure.suptitle(
+        "Time of a step's loss: ours green, torch.compile amber, eager recipes grey, floor dark", fontsize=10
+    )
+    return _save(figure, folder, "time", "time of forward and backward")
+
+
+def traffic(rows: Rows, folder: pathlib.Path) -> list[str]:
+    """Bytes of each loss in units of pred, without and with prior, of the first case of each."""
+    panels = []
+    for prior in (False, True):
+        of_kind = [
+            row for row in rows if ("prior" in row["case"].split()) == prior and "flow" not in row["case"].split()
+        ]
+        panels.append([row for row in of_kind if row["case"] == of_kind[0]["case"]] if of_kind else [])
+    panels = [panel for panel in panels if panel]
+    figure, grid = plt.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        panel = sorted(panel, key=lambda row: row["bytes"])
+        prior = "prior" in panel[0]["case"].split()
+        names, values = [row["name"] for row in panel], [row["bytes"] for row in panel]
+        _bars(axes, names, values, panel[0]["case"], "bytes moved / bytes of pred", ".2f")
+        floor = 4 if prior else 3
+        axes.axvline(floor, color=YARDSTICK, linewidth=1, linestyle="--")
+        axes.text(floor, len(panel) - 0.5, f" floor: {floor}, and the mask", fontsize=7, color=YARDSTICK, va="bottom")
+    figure.suptitle("Memory traffic of forward + backward, counted", fontsize=10)
+    return _save(figure, folder, "traffic", "bytes moved")
+
+
+def registers(rows: Rows, folder: pathlib.Path) -> list[str]:
+    """Registers of the loss kernel, by variant and target."""
+    of_kernel = [row for row in rows if row["kernel"] == "loss_kernel"]
+    variants = list(dict.fromkeys(row["variant"] for row in of_kernel))
+    targets = list(dict.fromkeys(row["target"] for row in of_kernel))
+    most = {(row["variant"], row["target"]): row for row in sorted(of_kernel, key=lambda row: row["registers"])}
+    values = [[most[variant, target]["registers"] for target in targets] for variant in variants]
+    figure, axes = plt.subplots(figsize=(7, 0.34 * len(variants) + 1.4), layout="constrained")
+    axes.imshow(values, cmap="YlOrBr", aspect="auto", vmin=0, vmax=max(128, *map(max, values)))
+    axes.set_xticks(range(len(targets)), targets, fontsize=8)
+    axes.set_yticks(range(len(variants)), variants, fontsize=8)
+    for y, variant in enumerate(variants):
+        for x, target in enumerate(targets):
+            row = most[variant, target]
+            spills = f", {row['spills']} spills" if row["spills"] else ""
+            text = f"{row['registers']} ({row['occupancy']:.0%}){spills}"
+            axes.text(
+                x, y, text, ha="center", va="center", fontsize=7, color="white" if row["registers"] > 90 else "black"
+            )
+    axes.set_title("Loss kernel: registers per thread (occupancy)", fontsize=9, loc="left")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return _save(figure, folder, "registers", "registers of the loss kernel")
