@@ -22,7 +22,7 @@ from masked_loss_triton.demo.progress import Progress
 from masked_loss_triton.errors import UserError
 
 SIDE, QUICK_SIDE = 192, 64  # pixels of the square the photographs are brought to
-BASE_STEPS, QUICK_BASE_STEPS = 600, 12
+BASE_STEPS, QUICK_BASE_STEPS = 500, 12
 MEASUREMENTS = 10  # of each LoRA while it is tuned
 PACKAGES = ("torch", "diffusers", "peft", "numpy", "opencv-python", "safetensors", "scikit-image", "scikit-learn")
 
