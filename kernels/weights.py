@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from masked_loss_triton.kernels.strides import common_divisor, position_stride
+
 # Values within this of 0 or 1 become 0 or 1: rounding must not create a region (see the table in the design, stage "snap").
 SNAP = tl.constexpr(1e-6)
 
@@ -176,6 +178,61 @@ def resampled(
     if RESAMPLE == "area":
         count = count * h_count * w_count
     return tl.math.div_rn(total, count.to(tl.float32))
+
+
+@triton.jit
+def on_grid_or_resampled(
+    mask_ptr,
+    position,
+    frame,
+    row,
+    column,
+    valid,
+    frames,
+    height,
+    width,
+    mask_frames,
+    mask_height,
+    mask_width,
+    mask_stride_f,
+    mask_stride_h,
+    mask_stride_w,
+    taps_f,
+    taps_h,
+    taps_w,
+    scale_h,
+    scale_w,
+    RESAMPLE: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """Stages 0 and 1; a mask that is one run on the grid of the loss needs no windows and no divisions."""
+    if FLAT:
+        return read(tl.load(mask_ptr + position, mask=valid, other=0), IS_UINT8)
+    else:
+        return resampled(
+            mask_ptr,
+            frame,
+            row,
+            column,
+            valid,
+            frames,
+            height,
+            width,
+            mask_frames,
+            mask_height,
+            mask_width,
+            mask_stride_f,
+            mask_stride_h,
+            mask_stride_w,
+            taps_f,
+            taps_h,
+            taps_w,
+            scale_h,
+            scale_w,
+            RESAMPLE,
+            IS_UINT8,
+        )
 
 
 @triton.jit
@@ -354,6 +411,8 @@ def weights_kernel(
     WRITE_W: tl.constexpr,
     WRITE_V: tl.constexpr,
     STATS: tl.constexpr,
+    FLAT: tl.constexpr,
+    DIVISOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B).
@@ -364,7 +423,8 @@ def weights_kernel(
     b = tl.program_id(1).to(tl.int64)
     if (tile == 0) & (b == 0):
         tl.store(ticket_ptr, 0)
-    positions = frames * height * width
+    # Divided and multiplied back: the compiler then knows what divides it, and a mask in one run is read 128 bits at a time.
+    positions = frames * height * width // DIVISOR * DIVISOR
     prior_gate, mask_gate = sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE, HAS_MASK_GATE)
 
     sum_w = tl.zeros((BLOCK,), tl.float32)
@@ -385,7 +445,7 @@ def weights_kernel(
         frame, row, column = split_position(position, height, width)
         if HAS_MASK:
             if KERNEL_SIZE > 1:
-                sample_ptr = mask_ptr + b * mask_stride_b
+                sample_ptr = mask_ptr + b * (mask_stride_b * DIVISOR)
                 raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
                 blurred = tl.zeros((BLOCK,), tl.float32)
                 for kh in range(KERNEL_SIZE):
@@ -397,8 +457,9 @@ def weights_kernel(
                         of_row += tl.load(taps_ptr + kw) * tl.load(sample_ptr + neighbour, mask=valid, other=0.0)
                     blurred += tl.load(taps_ptr + kh) * of_row
             else:
-                raw = resampled(
-                    mask_ptr + b * mask_stride_b,
+                raw = on_grid_or_resampled(
+                    mask_ptr + b * (mask_stride_b * DIVISOR),
+                    position,
                     frame,
                     row,
                     column,
@@ -419,6 +480,7 @@ def weights_kernel(
                     scale_w,
                     RESAMPLE,
                     IS_UINT8,
+                    FLAT,
                 )
                 raw = binarized_and_inverted(raw, binarize, HAS_BINARIZE, INVERT)
                 blurred = raw
@@ -631,6 +693,10 @@ def launch_weights(
             num_warps=launch.num_warps,
         )
         taps = _blur_taps(blur_taps, device)
+    resampling = _resample_arguments(source, grid, config.resample)
+    flat = source is not None and tuple(source.shape[1:]) == grid and position_stride(source) == 1
+    divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
+    resampling["mask_stride_b"] //= divisor
     weights_kernel[(launch.tiles, batch)](
         mask_ptr=source,
         taps_ptr=taps,
@@ -643,12 +709,14 @@ def launch_weights(
         width=width,
         blocks_per_tile=launch.blocks_per_tile,
         **stages,
-        **_resample_arguments(source, grid, config.resample),
+        **resampling,
         HAS_MASK=mask is not None,
         KERNEL_SIZE=1 if taps is None else config.blur_kernel_size,
         WRITE_W=result.w is not None,
         WRITE_V=result.v is not None,
         STATS=stats,
+        FLAT=flat,
+        DIVISOR=divisor,
         BLOCK=launch.block,
         num_warps=launch.num_warps,
     )
