@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.masks.parallel import default_workers, run_parallel
-    from masked_loss_triton.masks.progress import Progress
+    from masked_loss_triton.masks.progress import Progress, printable
 
     ignored = {kind for kind in args.ignore.split(",") if kind}
     if ignored - set(KINDS):
@@ -81,5 +81,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{kind} ({len(of_kind)}): {KINDS[kind]}")
             width = min(60, max(len(problem.file) for problem in of_kind))
             for problem in of_kind:
-                print(f"  {problem.file:<{width}}  {problem.message}")
+                print(printable(f"  {problem.file:<{width}}  {problem.message}"))
     return 1 if problems else 0

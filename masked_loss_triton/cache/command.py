@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.masks.parallel import default_workers, run_parallel
-    from masked_loss_triton.masks.progress import Progress
+    from masked_loss_triton.masks.progress import Progress, printable
 
     if args.workers < 0:
         raise UserError(f"--workers must be 1 or more, got {args.workers}", 2)
@@ -93,5 +93,5 @@ def run(args: argparse.Namespace) -> int:
         print("Masks from: " + ", ".join(f"{source} {count}" for source, count in sorted(sources.items())))
     if missing:
         more = sources["full"] - len(missing)
-        print(f"Full weight, no mask: {', '.join(sorted(missing))}{f' and {more} more' if more else ''}")
+        print(printable(f"Full weight, no mask: {', '.join(sorted(missing))}{f' and {more} more' if more else ''}"))
     return 1 if statuses["problem"] else 0

@@ -167,7 +167,11 @@ def _toml() -> Any:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError as error:
+            hint = "pip install 'masked_loss_triton[cache]'"
+            raise UserError(f"Python 3.10 needs the package tomli to read TOML: {hint}", 2) from error
     return tomllib
 
 

@@ -182,11 +182,15 @@ def _card(
         f"coverage {raw.mean():.1%}, mean weight {weights.mean():.3f} ({weights.min():.2f} to {weights.max():.2f})"
     )
     return Card(
-        name=name,
-        facts=[*facts, coverage],
+        name=_drawable(name),
+        facts=[_drawable(fact) for fact in [*facts, coverage]],
         picture_label=label,
         pictures=pictures,
         mask=mask,
         raw=raw,
         weights=weights,
     )
+
+
+def _drawable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

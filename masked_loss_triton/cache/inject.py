@@ -156,7 +156,8 @@ def save_weights(
 
     provenance = {
         "mask_source": weights.source,
-        "mask_file": weights.file,
+        # A file name may hold bytes that are no text; a header has to be UTF-8.
+        "mask_file": weights.file.encode("utf-8", "backslashreplace").decode(),
         "mask_hash": digest,
         "mask_operations": json.dumps(dataclasses.asdict(dataset.operations), separators=(",", ":")),
         "mask_version": f"masked_loss_triton {__version__}",

@@ -141,11 +141,8 @@ def rewrite(
     entries = {name: header[name] for name in names}
     meta = file.metadata if metadata is None else metadata
     described = {"__metadata__": meta} if meta else {}
-    text = json.dumps(
-        {**described, **entries} if file.metadata_first else {**entries, **described},
-        separators=(",", ":"),
-        ensure_ascii=False,
-    ).encode("utf-8", "surrogatepass")
+    whole = {**described, **entries} if file.metadata_first else {**entries, **described}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % 8)
 
     def write(target: BinaryIO) -> None:

@@ -146,8 +146,10 @@ class _Video:
         self.path = path
 
     def __enter__(self) -> Any:
-        import av
-
+        try:
+            import av
+        except ModuleNotFoundError as error:
+            raise UserError("clips need the package av: pip install 'masked_loss_triton[cache]'", 2) from error
         try:
             if not os.path.isfile(self.path):
                 raise FileNotFoundError(self.path)

@@ -9,6 +9,12 @@ from types import TracebackType
 TERMINAL_INTERVAL, LOG_INTERVAL = 0.1, 10.0
 
 
+def printable(text: str) -> str:
+    """Text that standard output can take: file names may hold bytes that are no characters there."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class Progress:
     """Counts to `total`. Lines for the user that come in between go through `say`, so that the bar stays whole."""
 

@@ -43,7 +43,7 @@ class Lab:
         rgb = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         path = self.images / f"{stem}.{extension}"
         Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha])).save(path)
-        path.with_suffix(".txt").write_text(stem)
+        path.with_suffix(".txt").write_text("a caption")
         if mask is not None:
             Image.fromarray(mask).save(self.masks / f"{stem}.png")
         return path

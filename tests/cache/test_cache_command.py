@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -356,6 +358,50 @@ def test_an_orphaned_cache_gets_its_mask_by_stem(lab):
     path = lab.add_cache("gone")
     assert lab.run("cache", "--mask_directory", lab.masks) == 0
     assert torch.equal(weights(path)[0], expected(disc((160, 120))))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_file_name_that_is_no_text(lab, capsys):
+    lab.write_toml(general='mask_time = "mean"')
+    stem = os.fsdecode(b"caf\xe9")
+    for name in (stem, stem + "2"):
+        lab.picture(name, mask=disc((160, 120)) if name == stem else None)
+    # The safetensors library refuses such a name, so the caches have another while it writes and reads them.
+    plain = lab.add_cache("plain")
+    odd = [lab.cache / f"{name}_0160x0120_wan.safetensors" for name in (stem, stem + "2")]
+    os.link(plain, odd[1])
+    plain.rename(odd[0])
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert "caf\\udce92" in capsys.readouterr().out
+    os.link(odd[0], plain)
+    assert read(plain)[1]["mask_file"] == "caf\\udce9.png"
+    plain.unlink()
+    assert lab.run("check", "--mask_directory", lab.masks) == 1
+    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", lab.folder / "sheet") == 0
+
+
+def test_control_latents_of_an_edit_model_stay(tmp_path):
+    lab = Lab(tmp_path, "qie")
+    lab.picture("a", mask=disc((160, 120)))
+    control = {"latents_control_0_1x20x30_bfloat16": torch.randn(16, 1, 20, 30).bfloat16()}
+    path = lab.add_cache("a", extra=control)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert torch.equal(weights(path)[0], expected(disc((160, 120))))
+    assert torch.equal(load_file(path)["latents_control_0_1x20x30_bfloat16"], next(iter(control.values())))
+
+
+@pytest.mark.parametrize("command", ["cache", "check", "inspect", "to-alpha"])
+def test_help_has_an_example_and_loads_nothing_heavy(command, capsys):
+    from masked_loss_triton.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"Example:\n  masked-loss {command} " in capsys.readouterr().out
+    code = "import sys; from masked_loss_triton.cli import build_parser; build_parser(); "
+    code += "print(sorted({'cv2', 'av', 'PIL', 'tomllib'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "[]\n"
 
 
 def test_usage_errors(lab, capsys):

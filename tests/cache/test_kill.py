@@ -57,23 +57,23 @@ def test_every_cache_loads_after_sigkill_at_random_moments(tmp_path):
         text=True,
         bufsize=1,
     )
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
-    for turn in range(KILLS):
-        nursery.stdin.write(f"{turn}\n")
-        child = int(nursery.stdout.readline())
-        time.sleep(draw.uniform(0, 0.25))
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(int(nursery.stdout.readline())) == signal.SIGKILL
-        leftovers += sum(name.endswith(".masktmp") for name in os.listdir(lab.cache))
-        for path, tensors in originals.items():
-            loaded = load_file(path)
-            for name, tensor in tensors.items():
-                assert torch.equal(loaded.pop(name), tensor)
-            for weights in loaded.values():
-                masked += 1
-                assert 0 < float(weights.float().mean()) < 1
     with nursery:
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        for turn in range(KILLS):
+            nursery.stdin.write(f"{turn}\n")
+            child = int(nursery.stdout.readline())
+            time.sleep(draw.uniform(0, 0.25))
+            os.kill(child, signal.SIGKILL)
+            assert os.WTERMSIG(int(nursery.stdout.readline())) == signal.SIGKILL
+            leftovers += sum(name.endswith(".masktmp") for name in os.listdir(lab.cache))
+            for path, tensors in originals.items():
+                loaded = load_file(path)
+                for name, tensor in tensors.items():
+                    assert torch.equal(loaded.pop(name), tensor)
+                for weights in loaded.values():
+                    masked += 1
+                    assert 0 < float(weights.float().mean()) < 1
         nursery.stdin.close()
     assert nursery.returncode == 0
     assert masked > 0, "no run got far enough to write: the test has shown nothing"
