@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -89,3 +90,24 @@ def disc(size: tuple[int, int], centre=(0.4, 0.5), radius=0.3) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width]
     distance = np.hypot(x - centre[0] * width, y - centre[1] * height)
     return (np.clip((radius * height - distance) / 6 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def frames_of(count: int, size: tuple[int, int] = (128, 128)) -> list[np.ndarray]:
+    """A disc that moves to the right, one (height, width) uint8 mask for each frame."""
+    return [disc(size, (0.2 + 0.6 * t / count, 0.5), 0.2) for t in range(count)]
+
+
+def video_lab(tmp_path: Path, frames: list[np.ndarray], fps: int = 16, source_fps: float | None = None) -> Lab:
+    """A lab with one clip, clip.mp4, that shows the masks themselves. Skips the test where there is no video decoder."""
+    av = pytest.importorskip("av")
+    lab = Lab(tmp_path)
+    lab.write_toml(kind="video", entry=f"source_fps = {source_fps}" if source_fps else "")
+    with av.open(str(lab.images / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuv420p"
+        stream.options = {"crf": "1"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.repeat(frame[..., None], 3, 2), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return lab

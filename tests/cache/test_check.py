@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.cache.problems import KINDS
-from tests.cache.support import Lab, disc
+from tests.cache.support import Lab, disc, frames_of, video_lab
 
 
 @pytest.fixture
@@ -102,9 +102,6 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
 
 
 def test_frames_of_clips(tmp_path, capsys):
-    pytest.importorskip("av")
-    from tests.cache.test_cache_command import frames_of, video_lab
-
     frames = frames_of(9)
     lab = video_lab(tmp_path, frames)
     (lab.masks / "clip").mkdir()

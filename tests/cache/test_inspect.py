@@ -10,7 +10,7 @@ from PIL import Image
 
 from masked_loss_triton.cache.cards import overlay
 from masked_loss_triton.cli import main
-from tests.cache.support import Lab, disc
+from tests.cache.support import Lab, disc, frames_of, video_lab
 
 
 @pytest.fixture
@@ -69,9 +69,6 @@ def test_from_a_cache_alone(lab, capsys):
 
 
 def test_a_strip_over_time(tmp_path):
-    pytest.importorskip("av")
-    from tests.cache.test_cache_command import frames_of, video_lab
-
     frames = frames_of(13)
     lab = video_lab(tmp_path, frames)
     (lab.masks / "clip").mkdir()
