@@ -106,14 +106,19 @@ SAVERS = {
 }
 
 
-def cache_with_the_trainer(trainer, toml, suffix):
-    """Lists, cuts and saves with the trainer's code; returns its items by cache file."""
+def trainer_datasets(trainer, toml, suffix):
+    """The trainer's dataset objects for a dataset file."""
     generator = trainer.config.BlueprintGenerator(trainer.config.ConfigSanitizer())
     config = trainer.config.load_user_config(str(toml))
     blueprint = generator.generate(config, argparse.Namespace(debug_dataset=False), architecture=suffix)
-    group = trainer.config.generate_dataset_group_by_blueprint(blueprint.dataset_group)
+    return trainer.config.generate_dataset_group_by_blueprint(blueprint.dataset_group).datasets
+
+
+def cache_with_the_trainer(trainer, toml, suffix):
+    """Lists, cuts and saves with the trainer's code; returns its datasets and its items by cache file."""
+    datasets = trainer_datasets(trainer, toml, suffix)
     items = {}
-    for dataset in group.datasets:
+    for dataset in datasets:
         for _, batch in dataset.retrieve_latent_cache_batches(1):
             for item in batch:
                 content = item.content if item.content.ndim == 4 else item.content[None]
@@ -127,7 +132,7 @@ def cache_with_the_trainer(trainer, toml, suffix):
                 text = os.path.join(dataset.cache_directory, f"{stem}_{suffix}_te.safetensors")
                 save_file({"varlen_t5_bfloat16": torch.zeros(3, 4)}, text)
                 items[Path(item.latent_cache_path)] = (item, content)
-    return group, items
+    return datasets, items
 
 
 def batches(dataset):
@@ -156,7 +161,7 @@ def test_the_trainer_reads_masks_of_pictures(trainer, tmp_path, suffix):
         '[general]\ncaption_extension = ".txt"\nenable_bucket = true\nbatch_size = 2\n'
         f'[[datasets]]\nresolution = [256, 256]\nimage_directory = "{images}"\ncache_directory = "{cache}"\n'
     )
-    group, items = cache_with_the_trainer(trainer, toml, suffix)
+    datasets, items = cache_with_the_trainer(trainer, toml, suffix)
     assert len(items) == len(sizes)
     arch = {"hv": "hv", "wan": "wan", "qi": "qwen"}[suffix]
     flags = ["--dataset_config", str(toml), "--arch", arch, "--alpha_mask", "--mask_directory", str(masks)]
@@ -167,7 +172,7 @@ def test_the_trainer_reads_masks_of_pictures(trainer, tmp_path, suffix):
         theirs = trainer.media.resize_image_to_bucket(mask, content.shape[1:3][::-1])
         plane = to_latent(np.ascontiguousarray(theirs), (content.shape[1] // 8, content.shape[2] // 8))
         assert torch.equal(weights(path)[0], torch.from_numpy(plane).half().float())
-    (dataset,) = group.datasets
+    (dataset,) = datasets
     seen = 0
     for batch in batches(dataset):
         latents = batch["latents"]
@@ -217,7 +222,7 @@ def test_the_mask_of_a_clip_gets_the_frames_that_the_trainer_gave_the_clip(train
         '[general]\ncaption_extension = ".txt"\nbatch_size = 1\n'
         f'[[datasets]]\nresolution = [128, 96]\nvideo_directory = "{videos}"\ncache_directory = "{cache}"\n{extraction}\n'
     )
-    group, items = cache_with_the_trainer(trainer, toml, suffix)
+    datasets, items = cache_with_the_trainer(trainer, toml, suffix)
     assert items
     flags = ["--dataset_config", str(toml), "--arch", suffix, "--mask_directory", str(masks), "--dtype", "float32"]
     assert main(["cache", *flags]) == 0
@@ -229,7 +234,7 @@ def test_the_mask_of_a_clip_gets_the_frames_that_the_trainer_gave_the_clip(train
         # The trainer resizes colours and we resize luma: rounding to 8 bits falls in another order.
         assert np.abs(weights(path).numpy() - expected).max() <= 1 / 255
         assert weights(path).max() > 0.9
-    (dataset,) = group.datasets
+    (dataset,) = datasets
     for batch in batches(dataset):
         assert any(key.startswith("mask_weights_") for key in batch)
 
@@ -272,3 +277,60 @@ def test_the_trainer_accepts_the_dataset_file_without_our_keys(trainer, tmp_path
     stripped = tmp_path / "d.json"
     stripped.write_text(json.dumps(without_mask_keys(toml)))
     generator.generate(trainer.config.load_user_config(str(stripped)), arguments, architecture="wan")
+
+
+@needs_trainer
+def test_layered_caches_of_the_trainer(trainer, tmp_path):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+    planes = [disc((160, 120), (x, 0.5)) for x in (0.3, 0.5, 0.7)]
+    for name, alpha in zip(("a", "a_0", "a_1"), planes, strict=True):
+        Image.fromarray(np.dstack([np.full((120, 160, 3), 80, np.uint8), alpha])).save(images / f"{name}.png")
+    (images / "a.txt").write_text("x")
+    toml = tmp_path / "d.toml"
+    toml.write_text(
+        '[general]\ncaption_extension = ".txt"\nenable_bucket = true\n[[datasets]]\nresolution = [128, 128]\n'
+        f'multiple_target = true\nimage_directory = "{images}"\ncache_directory = "{cache}"\n'
+    )
+    (dataset,) = trainer_datasets(trainer, toml, "qil")
+    (item,) = [item for _, batch in dataset.retrieve_latent_cache_batches(1) for item in batch]
+    assert len(item.content) == 3
+    height, width = item.content[0].shape[:2]
+    SAVERS["qi"](trainer.cache_io, item, torch.randn(16, 3, height // 8, width // 8))
+    assert main(["cache", "--dataset_config", str(toml), "--arch", "qwen", "--alpha_mask"]) == 0
+    result = weights(Path(item.latent_cache_path))
+    for plane, content in zip(result, item.content, strict=True):
+        expected = to_latent(np.ascontiguousarray(content[..., 3]), (height // 8, width // 8))
+        assert torch.equal(plane, torch.from_numpy(expected).half().float()), (
+            "the alpha that the trainer itself encodes"
+        )
+
+
+@needs_trainer
+def test_one_frame_caches_of_the_trainer(trainer, tmp_path):
+    images, controls, masks, cache = (tmp_path / name for name in ("images", "controls", "masks", "cache"))
+    for folder in (images, controls, masks):
+        folder.mkdir()
+    for folder in (images, controls):
+        Image.new("RGB", (160, 120), (9, 99, 199)).save(folder / "a.png")
+    Image.fromarray(disc((160, 120))).save(masks / "a.png")
+    (images / "a.txt").write_text("x")
+    toml = tmp_path / "d.toml"
+    toml.write_text(
+        '[general]\ncaption_extension = ".txt"\nenable_bucket = true\n[[datasets]]\nresolution = [128, 128]\n'
+        f'image_directory = "{images}"\ncontrol_directory = "{controls}"\ncache_directory = "{cache}"\n'
+        "fp_1f_clean_indices = [9]\nfp_1f_target_index = 1\n"
+    )
+    (dataset,) = trainer_datasets(trainer, toml, "wan")
+    (item,) = [item for _, batch in dataset.retrieve_latent_cache_batches(1) for item in batch]
+    height, width = item.content.shape[:2]
+    indices = sorted([*item.fp_1f_clean_indices, item.fp_1f_target_index])
+    latents = torch.randn(16, len(indices), height // 8, width // 8).bfloat16()
+    trainer.cache_io.save_latent_cache_wan(item, latents, None, None, None, f_indices=indices)
+    flags = ["--dataset_config", str(toml), "--arch", "wan", "--mask_directory", str(masks)]
+    assert main(["cache", *flags]) == 0
+    result = weights(Path(item.latent_cache_path))
+    theirs = trainer.media.resize_image_to_bucket(Image.fromarray(disc((160, 120))), (width, height))
+    expected = to_latent(np.ascontiguousarray(theirs), (height // 8, width // 8))
+    assert torch.equal(result[indices.index(1)], torch.from_numpy(expected).half().float())
+    assert (result[indices.index(9)] == 1).all()
