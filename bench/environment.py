@@ -32,7 +32,7 @@ def device_name() -> str:
     information = pathlib.Path("/proc/cpuinfo")
     if information.exists() and (found := re.search(r"model name\s*:\s*(.+)", information.read_text())):
         model = found[1]
-    return f"{re.sub(r'[(](R|TM|C)[)]', '', model).strip()}, {torch.get_num_threads()} threads"
+    return f"{re.sub(r'[(](R|TM|C)[)]', '', model).strip()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def slug(name: str) -> str:

@@ -29,15 +29,7 @@ CUDA_TARGETS = [name for name in DEVICES if name.startswith("sm_")]
 # Accesses that cuxray calls uncoalesced, by kernel and tensor, and why they stay.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("loss_kernel", "terms"): "the last program alone adds the partial losses, a few KB in all",
-    ("loss_kernel", "partials"): "some hundred sums of the weights per program, from the second-level cache",
-    (
-        "weights_kernel",
-        "mask",
-    ): "1/16 of pred's bytes or less; lanes beside each other share sectors, and the first-level cache",
-    (
-        "resample_kernel",
-        "mask",
-    ): "1/16 of pred's bytes or less; lanes beside each other share sectors, and the first-level cache",
+    ("loss_kernel", "values"): "the same, named by the line inside the helper",
 }
 
 

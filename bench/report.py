@@ -3,6 +3,7 @@
     python -m bench.report                      # a few minutes on two CPU cores; on a machine with a GPU the CUDA numbers
     python -m bench.report --all                # every latent shape, every kernel variant: an hour
     python -m bench.report --output FOLDER --only time ledger
+    python -m bench.report --busy               # where other work takes turns with it: processor time of one thread
 
 Every row of every CSV says device, versions and commit.
 """
@@ -21,6 +22,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bench import emulate, ledger, plots
 from bench.cases import LARGE, MAIN, Case
 from bench.environment import ROOT, device_name, environment, slug
@@ -34,17 +37,19 @@ FEW_VARIANTS = (
 )  # fmt: skip
 
 
-def timed(full: bool) -> tuple[Rows, Rows]:
+def timed(full: bool, busy: bool = False) -> tuple[Rows, Rows]:
     """(rows of the loss, rows of the other suites of this folder), from pytest-benchmark."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "benchmarks.json"
-        command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-q", "-W", "default", "--benchmark-enable"]
+        suite = ROOT / "bench" / ("test_loss.py" if busy else "")
+        command = [sys.executable, "-m", "pytest", str(suite), "-q", "-W", "default", "--benchmark-enable"]
         command += [
             f"--benchmark-json={file}",
             "--benchmark-columns=min,median,iqr,rounds",
             "--benchmark-group-by=group",
         ]
-        subprocess.run([*command, *["--all-cases"] * full], cwd=ROOT, check=False, env=_plain_environment())
+        command += ["--all-cases"] * full + ["--benchmark-timer=time.process_time"] * busy
+        subprocess.run(command, cwd=ROOT, check=False, env=_plain_environment())
         if not file.exists():
             raise SystemExit("the benchmarks wrote no results: see the messages of pytest above")
         benchmarks = json.loads(file.read_text() or "{}").get("benchmarks", [])
@@ -190,7 +195,8 @@ def write_report(folder: pathlib.Path, results: dict[str, Rows], about: dict[str
             "loads",
             "stores",
         )
-        pages += ["## Compiled code", markdown(rows, columns)]
+        shown = [row for row in rows if row["target"] in ("sm_90", "gfx942") and row["kernel"] != "scale_kernel"]
+        pages += ["## Compiled code (sm_90 and gfx942; compiled.csv has all targets)", markdown(shown, columns)]
         pages += plots.registers(rows, folder)
     if rows := results.get("emulated"):
         pages += ["## Executed on the emulator", markdown(rows, list(rows[0]))]
@@ -206,20 +212,29 @@ def _plain_environment() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every shape and every kernel variant")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="for a machine that others use: one thread, and the processor time of the process instead of the clock's",
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--output", type=pathlib.Path, help="folder (default: bench/results/<device>)")
     options = parser.parse_args(arguments)
+    if options.busy:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     folder = options.output or ROOT / "bench" / "results" / slug(device_name())
     results: dict[str, Rows] = {}
     if "time" in options.only:
-        results["time"], results["other"] = timed(options.all)
+        results["time"], results["other"] = timed(options.all, options.busy)
     if "ledger" in options.only:
         results["ledger"] = counted(options.all)
     if "compiled" in options.only:
         results["compiled"] = compiled_rows(options.all)
     if "emulated" in options.only:
         results["emulated"] = emulated_rows()
-    write_report(folder, results, environment())
+    about = environment() | ({"clock": "processor time"} if options.busy else {"clock": "wall"})
+    write_report(folder, results, about)
     print(f"results in {folder}")
     return 0
 
