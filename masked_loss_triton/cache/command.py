@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         remove_weights,
     )
     from masked_loss_triton.errors import UserError
+    from masked_loss_triton.masks.atomic import remove_leftovers
     from masked_loss_triton.masks.parallel import default_workers, run_parallel
     from masked_loss_triton.masks.progress import Progress, printable
 
@@ -51,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
     architecture = ARCHITECTURES[args.arch]
     datasets = datasets_from(args, need_source=not args.remove)
+    if not args.dry_run:
+        for dataset in datasets:
+            remove_leftovers(dataset.cache_directory)
     prepared = [prepare(dataset, architecture) for dataset in datasets]
     statuses: Counter[str] = Counter()
     sources: Counter[str] = Counter()

@@ -19,7 +19,6 @@ from masked_loss_triton.cache.weights import (
     find_inputs,
 )
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import remove_leftovers
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
@@ -62,14 +61,13 @@ class Prepared:
 
 
 def prepare(dataset: Dataset, architecture: Architecture) -> Prepared:
-    """Lists the pictures, masks and caches of a dataset and clears what a killed run left behind.
+    """Lists the pictures, masks and caches of a dataset.
 
     Raises:
         UserError: naming the folder that cannot be read, or a dataset of clips where the model family has none.
     """
     if dataset.is_video and architecture.fps is None:
         raise UserError(f"{dataset.name} has clips, which this architecture is not trained on: check --arch", 2)
-    remove_leftovers(dataset.cache_directory)
     masks = MaskDirectory(dataset.mask_directory) if dataset.mask_directory is not None else None
     sources = find_sources(dataset)
     return Prepared(dataset, architecture, masks, sources, find_caches(dataset, architecture, sources))

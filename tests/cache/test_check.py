@@ -128,7 +128,10 @@ def test_kinds_can_be_left_out(lab, capsys):
 def test_nothing_is_changed(lab, capsys):
     lab.picture("a", mask=disc((160, 120)))
     path = lab.add_cache("a")
+    (lab.cache / ".left.safetensors.999999999.masktmp").write_bytes(b"of a killed run")
     before = {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in lab.folder.rglob("*") if one.is_file()}
     problems(lab, capsys)
     assert {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in lab.folder.rglob("*") if one.is_file()} == before
     assert path in before
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert [one.name for one in lab.cache.iterdir()] == [path.name], "the cache command clears them"
