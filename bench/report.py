@@ -48,7 +48,7 @@ def timed(full: bool, busy: bool = False) -> tuple[Rows, Rows]:
             "--benchmark-columns=min,median,iqr,rounds",
             "--benchmark-group-by=group",
         ]
-        command += ["--all-cases"] * full + ["--benchmark-timer=time.process_time"] * busy
+        command += ["--all-cases"] * full + ["--benchmark-timer=time.process_time", "--rounds=25"] * busy
         subprocess.run(command, cwd=ROOT, check=False, env=_plain_environment())
         if not file.exists():
             raise SystemExit("the benchmarks wrote no results: see the messages of pytest above")
@@ -166,7 +166,8 @@ def with_speed(rows: Rows) -> Rows:
         floor = next((other["milliseconds"] for other in case if other["loss"] == "floor"), float("nan"))
         ratios = {"best eager / this": best / row["milliseconds"], "this / floor": row["milliseconds"] / floor}
         result.append({**row, **ratios})
-    return result
+    cases = list(dict.fromkeys(row["case"] for row in both))
+    return sorted(result, key=lambda row: (cases.index(row["case"]), row["milliseconds"]))
 
 
 def write_report(folder: pathlib.Path, results: dict[str, Rows], about: dict[str, str]) -> None:
