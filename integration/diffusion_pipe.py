@@ -33,9 +33,8 @@ def loss_function(
     """
 
     def loss_fn(output: torch.Tensor, label: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        target, mask = label
-        if mask.numel() == 0:
-            mask = None
+        target, weights = label
+        mask = weights if weights.numel() else None
         if output.dim() == 3:
             # Packed 2 x 2 patches: each of the 4 C features has its own position, so a token's features are positions here.
             if mask is not None and mask.shape != output.shape:

@@ -18,31 +18,24 @@ import torch
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.strides import common_divisor, position_stride, span, used_strides
-from masked_loss_triton.kernels.weights import (
-    MIN_RAW,
-    SUM_OVERLAP,
-    SUM_RAW,
-    SUM_V,
-    SUM_W,
-    MaskWeights,
+from masked_loss_triton.kernels.reduction import (
+    MEAN,
+    MEAN_ONE,
+    STATS,
+    WEIGHTED_MEAN,
+    factors,
+    sum_of,
+    write_weight_stats,
+)
+from masked_loss_triton.kernels.stages import (
     binarized_and_inverted,
-    power,
     read,
     sample_gates,
-    smaller,
     split_position,
-    stage_arguments,
     target_and_prior_weight,
 )
-
-# Columns of the statistics, in the order of MaskedLossStats.
-STATS = 14
-
-# How the denominator is made; the value of the constexpr NORMALIZATION.
-WEIGHTED_MEAN = tl.constexpr(0)
-MEAN_ONE = tl.constexpr(1)
-MEAN = tl.constexpr(2)
+from masked_loss_triton.kernels.strides import common_divisor, position_stride, span, used_strides
+from masked_loss_triton.kernels.weights import MaskWeights, stage_arguments
 
 
 @triton.jit
@@ -59,79 +52,6 @@ def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
         scaled = d / delta
         slope = tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
         return slope * (d - 0.5 * delta * slope), slope
-
-
-@triton.jit
-def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK_TILES: tl.constexpr):
-    """Sum of one plane of the partial sums: of sample b, or of the whole batch."""
-    start = PLANE * batch * tiles
-    count = batch * tiles
-    if PER_SAMPLE:
-        start += b * tiles
-        count = tiles
-    total = tl.zeros((BLOCK_TILES,), tl.float32)
-    for first in range(0, count, BLOCK_TILES):
-        index = first + tl.arange(0, BLOCK_TILES)
-        total += tl.load(partials_ptr + start + index, mask=index < count, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def factors(
-    partials_ptr,
-    factors_ptr,
-    weighting_ptr,
-    prior_weight_ptr,
-    prior_weight,
-    area_scale_beta,
-    eps,
-    b,
-    batch,
-    tiles,
-    channels,
-    positions,
-    HAS_FACTORS: tl.constexpr,
-    HAS_WEIGHTING: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    HAS_PRIOR_WEIGHT: tl.constexpr,
-    HAS_AREA_SCALE: tl.constexpr,
-    NORMALIZATION: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """(s, r) of sample b: from the sums of the weights, or given where the denominators span more than this batch."""
-    if HAS_FACTORS:
-        return tl.load(factors_ptr + b), tl.load(factors_ptr + batch + b)
-    samples = 1.0
-    elements = channels * positions.to(tl.float32)
-    if PER_SAMPLE:
-        samples = samples * batch
-    else:
-        elements = elements * batch
-    if NORMALIZATION == MEAN:
-        w_denominator = elements
-    else:
-        sum_w = plane_sum(partials_ptr, b, tiles, batch, SUM_W, PER_SAMPLE, BLOCK_TILES)
-        w_denominator = channels * sum_w + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
-    s = 1.0 / (w_denominator * samples)
-    if HAS_AREA_SCALE:
-        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, PER_SAMPLE, BLOCK_TILES)
-        s = s * power(sum_raw * channels / elements, area_scale_beta)
-    r = 0.0
-    if HAS_PRIOR:
-        if NORMALIZATION == MEAN:
-            v_denominator = elements
-        else:
-            sum_v = plane_sum(partials_ptr, b, tiles, batch, SUM_V, PER_SAMPLE, BLOCK_TILES)
-            v_denominator = channels * sum_v + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
-        if HAS_PRIOR_WEIGHT:
-            prior_weight = tl.load(prior_weight_ptr + b).to(tl.float32)
-        r = prior_weight / (v_denominator * samples)
-    if HAS_WEIGHTING:
-        weighting = tl.load(weighting_ptr + b).to(tl.float32)
-        s = s * weighting
-        r = r * weighting
-    return s, r
 
 
 @triton.jit
@@ -232,24 +152,36 @@ def loss_kernel(
     PER_SAMPLE: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
     FLAT: tl.constexpr,
+    FOLD: tl.constexpr,
     MASK_FLAT: tl.constexpr,
     DIVISOR: tl.constexpr,
     MASK_DIVISOR: tl.constexpr,
     OFFSET: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
+    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels.
+
+    FOLD 2 takes (C, P) as (C / 2, 2 P), pairs of channels as one row: where P is an odd multiple of 4, rows of 2-byte elements
+    start on 8 bytes, pairs of rows on 16.
+    """
     b = tl.program_id(2)
     # Every stride and the number of positions came divided by DIVISOR: multiplied back, the compiler knows what divides them
     # and reads 128 bits at a time also where they are not multiples of 16.
-    positions = frames * height * width // DIVISOR * DIVISOR
+    grid_positions = frames * height * width
+    positions = grid_positions * FOLD // DIVISOR * DIVISOR
     position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    frame, row, column = split_position(position, height, width)
-    position = position.to(OFFSET)
     inside = position < positions
+    cell = position
+    if FOLD == 2:
+        cell = tl.where(position < grid_positions, position, position - grid_positions)
+    frame, row, column = split_position(cell, height, width)
+    # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
+    # use half of its sectors.
+    position = tl.max_contiguous(position, (1, VECTOR)).to(OFFSET)
 
     s, r = factors(
         partials_ptr,
@@ -263,7 +195,7 @@ def loss_kernel(
         batch,
         tiles,
         channels,
-        frames * height * width,
+        grid_positions,
         HAS_FACTORS,
         HAS_WEIGHTING,
         HAS_PRIOR,
@@ -280,16 +212,14 @@ def loss_kernel(
 
     long_b = b.to(tl.int64)
     if HAS_W:
-        weight_offsets = long_b * positions + position
+        weight_offsets = long_b * (positions // FOLD) + cell
         w = tl.load(w_ptr + weight_offsets, mask=inside, other=0.0)
         v = tl.zeros_like(w)
         if HAS_V:
             v = tl.load(v_ptr + weight_offsets, mask=inside, other=0.0)
     else:
         if HAS_MASK:
-            mask_offsets = offsets_of(
-                position, frame, row, column, mask_stride_f, mask_stride_h, mask_stride_w, MASK_FLAT
-            )
+            mask_offsets = offsets_of(cell, frame, row, column, mask_stride_f, mask_stride_h, mask_stride_w, MASK_FLAT)
             m = tl.load(mask_ptr + long_b * (mask_stride_b * MASK_DIVISOR) + mask_offsets, mask=inside, other=0)
             m = binarized_and_inverted(read(m, IS_UINT8), binarize, HAS_BINARIZE, INVERT)
         else:
@@ -322,7 +252,7 @@ def loss_kernel(
     first_channel = tl.program_id(1) * (CHANNEL_BLOCKS * BLOCK_C)
     for step in range(CHANNEL_BLOCKS):
         channel = first_channel + step * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-        valid = inside & (channel < channels)
+        valid = inside & (channel < channels // FOLD)
         channel = channel.to(OFFSET)
         p = tl.load(pred_ptr + pred_offsets + channel * (pred_stride_c * DIVISOR), mask=valid, other=0.0)
         p = p.to(tl.float32)
@@ -386,52 +316,9 @@ def loss_kernel(
             tl.store(stats_ptr + 2, prior_term)
             if WRITE_WEIGHT_STATS:
                 write_weight_stats(
-                    partials_ptr, stats_ptr, batch * tiles, batch * positions.to(tl.float32), BLOCK_TILES
+                    partials_ptr, stats_ptr, batch * tiles, batch * grid_positions.to(tl.float32), BLOCK_TILES
                 )
                 tl.store(stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
-
-
-@triton.jit
-def sum_of(values_ptr, count):
-    """Sum of `count` numbers that other programs have just written, in a fixed order."""
-    total = tl.zeros((512,), tl.float32)
-    for first in range(0, count, 512):
-        index = first + tl.arange(0, 512)
-        total += tl.load(values_ptr + index, mask=index < count, other=0.0, volatile=True)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def write_weight_stats(partials_ptr, stats_ptr, count, positions, BLOCK_TILES: tl.constexpr):
-    """Means, minima and maxima of the raw mask, w and v, and their overlap: columns 3 to 12 of the statistics."""
-    for plane in tl.static_range(10):
-        source_ptr = partials_ptr + plane * count
-        if plane < MIN_RAW:
-            result = tl.zeros((BLOCK_TILES,), tl.float32)
-            for first in range(0, count, BLOCK_TILES):
-                index = first + tl.arange(0, BLOCK_TILES)
-                result += tl.load(source_ptr + index, mask=index < count, other=0.0)
-            value = tl.sum(result, axis=0) / positions
-        else:
-            # Maxima are minima of the negated values: `smaller` keeps NaN.
-            sign = 1.0 - 2.0 * ((plane - MIN_RAW) % 2)
-            result = tl.full((BLOCK_TILES,), float("inf"), tl.float32)
-            for first in range(0, count, BLOCK_TILES):
-                index = first + tl.arange(0, BLOCK_TILES)
-                item = tl.load(source_ptr + index, mask=index < count, other=0.0)
-                result = smaller(result, tl.where(index < count, item * sign, float("inf")))
-            value = tl.reduce(result, 0, smaller) * sign
-        if plane == SUM_RAW:
-            column = 3
-        elif plane == SUM_W:
-            column = 6
-        elif plane == SUM_V:
-            column = 9
-        elif plane == SUM_OVERLAP:
-            column = 12
-        else:
-            column = 4 + (plane - MIN_RAW) // 2 * 3 + (plane - MIN_RAW) % 2
-        tl.store(stats_ptr + column, value)
 
 
 @triton.jit
@@ -448,13 +335,16 @@ def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
 class LossLaunch:
     """Launch configuration of the loss kernel.
 
-    block_p, block_c: a thread holds 16 bytes of one channel (4 float32 or 8 halves: one 128-bit access), 4 warps lie along
-        the positions, and block_c channels are in flight per thread. Where channels are the innermost axis it is the other way.
+    vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
+        access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
+        the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
+        the innermost axis it is the other way.
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
         mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
         comes from the second-level cache.
     """
 
+    vector: int
     block_p: int
     block_c: int
     channel_blocks: int
@@ -464,7 +354,7 @@ class LossLaunch:
     def choose(
         cls, batch: int, channels: int, positions: int, itemsize: int, channels_innermost: bool, multiprocessors: int
     ) -> LossLaunch:
-        vector = 8 if itemsize == 2 else 4
+        vector = 16 // max(itemsize, 2)
         if channels_innermost:
             block_c = min(32, triton.next_power_of_2(channels))
             block_p = max(16, 128 * 16 // block_c)
@@ -480,7 +370,7 @@ class LossLaunch:
             all_blocks, max(1, triton.cdiv(2 * multiprocessors, programs) if programs < multiprocessors else 1)
         )
         channel_blocks = triton.cdiv(all_blocks, groups)
-        return cls(block_p, block_c, channel_blocks)
+        return cls(vector, block_p, block_c, channel_blocks)
 
     def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
         return (
@@ -543,11 +433,14 @@ def launch_loss(
     direct_mask = mask if weights.w is None else None
     mask_flat = direct_mask is not None and direct_mask.shape[1] == frames and position_stride(direct_mask) == 1
     channels_innermost = channels > 1 and pred.stride(1) == 1 and positions > 1
+    itemsize = max(tensor.element_size() for tensor in present)
+    in_rows = flat and all(tensor.stride(1) == positions for tensor in present)
+    fold = 2 if in_rows and itemsize == 2 and positions % 8 == 4 and channels % 2 == 0 else 1
 
     steps = {name: used_strides(tensor) for name, tensor in tensors.items() if tensor is not None}
-    divisor = common_divisor(
-        [positions, *(step for all in steps.values() for step in (all[:2] if flat else all[:4]))], 16
-    )
+    steps = {name: (step[0], step[1] * fold, *step[2:]) for name, step in steps.items()}
+    used = [number for step in steps.values() for number in (step[:2] if flat else step[:4])]
+    divisor = common_divisor([positions * fold, *used], 16)
     wide = max(span(tensor) for tensor in present) >= 2**31
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -565,10 +458,9 @@ def launch_loss(
         mask_stride_w=1 if mask_flat else mask_steps[3],
     )
 
-    launch = LossLaunch.choose(
-        batch, channels, positions, pred.element_size(), channels_innermost, _multiprocessors(device)
-    )
-    grid = launch.grid(batch, channels, positions)
+    rows = channels // fold, positions * fold
+    launch = LossLaunch.choose(batch, *rows, itemsize, channels_innermost, _multiprocessors(device))
+    grid = launch.grid(batch, *rows)
     programs = math.prod(grid)
     loss = torch.empty((), dtype=torch.float32, device=device)
     numbers_out = torch.empty(STATS, dtype=torch.float32, device=device)
@@ -625,9 +517,11 @@ def launch_loss(
         PER_SAMPLE=config.per_sample,
         LOSS_TYPE=config.loss_type,
         FLAT=flat,
+        FOLD=fold,
         MASK_FLAT=mask_flat,
         DIVISOR=divisor,
         MASK_DIVISOR=mask_divisor,
+        VECTOR=launch.vector,
         OFFSET=tl.int64 if wide else tl.int32,
         # At least one element per thread: fewer would be read once by every warp.
         BLOCK_TILES=max(32 * launch.num_warps, triton.next_power_of_2(min(1024, tiles * per_sum))),

@@ -5,10 +5,37 @@
 'weighted_mean'
 """
 
-from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import FlowTarget
-from masked_loss_triton.loss import MaskedLoss, mask_weights, masked_loss
-from masked_loss_triton.stats import MaskedLossStats
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from masked_loss_triton.config import MaskedLossConfig
+    from masked_loss_triton.inputs import FlowTarget
+    from masked_loss_triton.loss import MaskedLoss, mask_weights, masked_loss
+    from masked_loss_triton.stats import MaskedLossStats
 
 __all__ = ["FlowTarget", "MaskedLoss", "MaskedLossConfig", "MaskedLossStats", "mask_weights", "masked_loss"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FlowTarget": "inputs",
+    "MaskedLoss": "loss",
+    "MaskedLossConfig": "config",
+    "MaskedLossStats": "stats",
+    "mask_weights": "loss",
+    "masked_loss": "loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name is imported when it is first used: `masked-loss --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

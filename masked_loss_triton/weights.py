@@ -3,7 +3,7 @@
     m = clamp(mask)  ->  resample  ->  binarize  ->  invert  ->  blur  ->  gamma  ->  floor  =  w;   v = the prior's region
 
 Runs in the dtype it is asked for, float32 or float64, and is differentiable. The Triton kernels are written anew from the same
-formulas (kernels/weights.py) and compared with this.
+formulas (kernels/stages.py) and compared with this.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 OPTIONAL = ("triton", "cv2", "PIL", "diffusers", "transformers", "peft", "sklearn", "skimage", "matplotlib", "av")
 
 
@@ -23,14 +25,24 @@ def test_importing_pulls_in_nothing_optional():
     assert new.split() == []
 
 
+def test_every_public_name_is_there_and_a_wrong_one_is_not():
+    import masked_loss_triton
+
+    for name in masked_loss_triton.__all__:
+        assert getattr(masked_loss_triton, name).__name__ == name
+        assert name in dir(masked_loss_triton)
+    with pytest.raises(AttributeError, match="no attribute 'mask_loss'"):
+        _ = masked_loss_triton.mask_loss
+
+
 def test_help_imports_nothing_heavy():
     new = python(
         "import sys\n"
         "from masked_loss_triton.cli import build_parser\n"
         "build_parser().format_help()\n"
-        f"print(*(sorted(set({OPTIONAL!r}) & set(sys.modules))))"
+        f"print(*(sorted({{'torch', *{OPTIONAL!r}}} & set(sys.modules))))"
     )
-    assert [name for name in new.split() if name not in ("triton",)] == []
+    assert new.split() == []
 
 
 def test_the_loss_works_where_triton_does_not_exist():

@@ -1,0 +1,56 @@
+"""What the documentation says can be run, and what can be run is documented."""
+
+import dataclasses
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton.cli import COMMANDS
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["masked_loss_triton", "masked_loss_triton.loss"])
+def test_the_examples_in_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_the_six_lines_of_the_readme_run():
+    code = re.search(r"## Six lines.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) == 6 - 1
+    leaf = torch.zeros(1, 16, 3, 4, 4, requires_grad=True)
+    names = {
+        "transformer": lambda *_: leaf * 2,
+        "noisy_latents": None,
+        "timestep": None,
+        "prompt": None,
+        "noise": torch.randn(1, 16, 3, 4, 4),
+        "latents": torch.randn(1, 16, 3, 4, 4),
+        "mask": torch.rand(1, 32, 32),
+    }
+    exec(code, names)
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_the_readme_has_every_option_with_its_default_and_every_command():
+    for field in dataclasses.fields(MaskedLossConfig):
+        assert f"`{field.name}`" in README, field.name
+    for command in COMMANDS:
+        assert f"masked-loss {command}" in README, command
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_float64_asks_for_the_reference():
+    pred = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    assert masked_loss(pred, pred, None).dtype == torch.float64
