@@ -34,6 +34,7 @@ _UNTOUCHED = {"scale_kernel": ("gradient_ptr",)}
 class Entry:
     """One line of the ledger. Bytes and memory in units of N, the bytes of pred.
 
+    launches: everything that starts on the device; kernels: those of them that are ours.
     executed: bytes that the compiled code asked for, re-reads from caches included; None where there is no emulator.
     """
 
@@ -41,6 +42,7 @@ class Entry:
     case: str
     bytes: float
     launches: int
+    kernels: int
     synchronisations: int
     peak: float
     executed: float | None = None
@@ -97,6 +99,7 @@ def entry(name: str, case: Case, counts: Counts, executed: float | None = None) 
         case=case.name,
         bytes=counts.bytes / unit,
         launches=counts.launches,
+        kernels=sum(name.endswith("_kernel") for name in counts.operations),
         synchronisations=counts.synchronisations,
         peak=counts.peak / unit,
         executed=executed,
