@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore", default="", metavar="KIND,KIND", help="kinds of problems to leave out, for example missing,size"
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="threads (default: four per core, at most 16)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_dataset_arguments(parser)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="threads (default: four per core, at most 16)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
     parser.add_argument(
