@@ -111,7 +111,7 @@ def ledger(case: Case, emulated: bool = False) -> Iterator[Entry]:
     for name, recipe in RECIPES.items():
         if recipe.takes_prior == case.prior:
             yield entry(name, case, of_recipe(name, case))
-    yield entry("ours, torch backend", case, of_torch_backend(case))
+    yield entry("ours, without Triton", case, of_torch_backend(case))
     executed = None
     if emulated:
         from bench.emulate import run, shortened

@@ -78,7 +78,8 @@ def traffic(rows: Rows, folder: pathlib.Path) -> list[str]:
         _bars(axes, names, values, panel[0]["case"], "bytes moved / bytes of pred", ".2f")
         floor = 4 if prior else 3
         axes.axvline(floor, color=YARDSTICK, linewidth=1, linestyle="--")
-        axes.text(floor, len(panel) - 0.5, f" floor: {floor}, and the mask", fontsize=7, color=YARDSTICK, va="bottom")
+        axes.set_ylim(len(panel) + 0.1, -0.6)
+        axes.text(floor, len(panel) - 0.1, f" floor: {floor}, and the mask", fontsize=7, color=YARDSTICK)
     figure.suptitle("Memory traffic of forward + backward, counted", fontsize=10)
     return _save(figure, folder, "traffic", "bytes moved")
 
