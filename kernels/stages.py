@@ -224,6 +224,12 @@ def binarized_and_inverted(m, binarize, HAS_BINARIZE: tl.constexpr, INVERT: tl.c
 
 
 @triton.jit
+def gaussian_tap(distance, exponent, norm):
+    """Stage 3: the weight of a neighbour. Computed and not loaded: a tensor of taps would have to come from the host."""
+    return norm * tl.exp2(exponent * (distance * distance))
+
+
+@triton.jit
 def power(x, exponent):
     """x ** exponent for x >= 0; NaN stays NaN."""
     result = tl.exp2(exponent * tl.log2(tl.where(x > 0.0, x, 1.0)))

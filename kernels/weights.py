@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from masked_loss_triton.kernels.stages import (
     NO_PRIOR,
     THRESHOLD,
     binarized_and_inverted,
+    gaussian_tap,
     on_grid_or_resampled,
     resampled,
     sample_gates,
@@ -102,7 +104,6 @@ def resample_kernel(
 @triton.jit
 def weights_kernel(
     mask_ptr,  # the mask, or under a blur the raw mask
-    taps_ptr,  # (KERNEL_SIZE,) float32
     prior_gate_ptr,  # (B,)
     mask_gate_ptr,  # (B,) uint8
     w_ptr,  # (B, F, H, W) float32, contiguous
@@ -110,6 +111,8 @@ def weights_kernel(
     partials_ptr,  # (PLANES, B, TILES) float32
     ticket_ptr,  # int32, set to 0 for the loss kernel that follows
     binarize,
+    blur_exponent,
+    blur_norm,
     gamma,
     min_weight,
     prior_threshold,
@@ -186,8 +189,9 @@ def weights_kernel(
                     for kw in range(KERNEL_SIZE):
                         tap_column = tl.minimum(tl.maximum(column + kw - KERNEL_SIZE // 2, 0), width - 1)
                         neighbour = (frame * height + tap_row) * width + tap_column
-                        of_row += tl.load(taps_ptr + kw) * tl.load(sample_ptr + neighbour, mask=valid, other=0.0)
-                    blurred += tl.load(taps_ptr + kh) * of_row
+                        value = tl.load(sample_ptr + neighbour, mask=valid, other=0.0)
+                        of_row += gaussian_tap(kw - KERNEL_SIZE // 2, blur_exponent, blur_norm) * value
+                    blurred += gaussian_tap(kh - KERNEL_SIZE // 2, blur_exponent, blur_norm) * of_row
             else:
                 raw = on_grid_or_resampled(
                     mask_ptr + b * (mask_stride_b * DIVISOR),
@@ -365,9 +369,12 @@ def _most_taps(size_in: int, size_out: int) -> int:
     return max(-((i + 1) * size_in // -size_out) - i * size_in // size_out for i in range(size_out))
 
 
-@functools.lru_cache(maxsize=64)
-def _blur_taps(taps: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(taps, dtype=torch.float32, device=device)
+@functools.cache
+def _gaussian(kernel_size: int) -> tuple[float, float]:
+    """(exponent, norm): tap i of the blur is norm * 2 ** (exponent * i * i), with sigma = 0.3 ((k - 1) / 2 - 1) + 0.8."""
+    sigma = 0.3 * ((kernel_size - 1) / 2 - 1) + 0.8
+    exponent = -math.log2(math.e) / (2 * sigma**2)
+    return exponent, 1 / math.fsum(2 ** (exponent * (i - kernel_size // 2) ** 2) for i in range(kernel_size))
 
 
 def launch_weights(
@@ -377,7 +384,6 @@ def launch_weights(
     batch: int,
     device: torch.device,
     *,
-    blur_taps: tuple[float, ...],
     has_prior: bool,
     prior_gate: torch.Tensor | None,
     mask_gate: torch.Tensor | None,
@@ -389,7 +395,6 @@ def launch_weights(
         mask: (B or 1, Fm, Hm, Wm), floating or uint8 (bool viewed as uint8 is not one: give it as a float).
         config: the fields of MaskedLossConfig that name the stages.
         grid: (F, H, W) of the loss.
-        blur_taps: the `config.blur_kernel_size` taps of the Gaussian.
         prior_gate, mask_gate: (B,), contiguous; the mask's as uint8.
     """
     frames, height, width = grid
@@ -404,7 +409,7 @@ def launch_weights(
         v=torch.empty((batch, *grid), dtype=torch.float32, device=device) if write and has_prior else None,
     )
     stages = stage_arguments(config, has_prior, prior_gate, mask_gate)
-    source, taps = mask, None
+    source, kernel_size = mask, 1
     if mask is not None and config.blur_kernel_size > 1:
         source = torch.empty((mask.shape[0], *grid), dtype=torch.float32, device=device)
         resample_kernel[(triton.cdiv(positions, launch.block), mask.shape[0])](
@@ -418,14 +423,14 @@ def launch_weights(
             BLOCK=launch.block,
             num_warps=launch.num_warps,
         )
-        taps = _blur_taps(blur_taps, device)
+        kernel_size = config.blur_kernel_size
+    blur_exponent, blur_norm = _gaussian(kernel_size)
     resampling = _resample_arguments(source, grid, config.resample)
     flat = source is not None and tuple(source.shape[1:]) == grid and position_stride(source) == 1
     divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
     resampling["mask_stride_b"] //= divisor
     weights_kernel[(launch.tiles, batch)](
         mask_ptr=source,
-        taps_ptr=taps,
         w_ptr=result.w,
         v_ptr=result.v,
         partials_ptr=result.partials,
@@ -434,10 +439,12 @@ def launch_weights(
         height=height,
         width=width,
         blocks_per_tile=launch.blocks_per_tile,
+        blur_exponent=blur_exponent,
+        blur_norm=blur_norm,
         **stages,
         **resampling,
         HAS_MASK=mask is not None,
-        KERNEL_SIZE=1 if taps is None else config.blur_kernel_size,
+        KERNEL_SIZE=kernel_size,
         WRITE_W=result.w is not None,
         WRITE_V=result.v is not None,
         STATS=stats,

@@ -20,7 +20,6 @@ from masked_loss_triton.kernels import loss as loss_kernels
 from masked_loss_triton.kernels import weights as weight_kernels
 from masked_loss_triton.reduction import loss_factors, needs_exchange
 from masked_loss_triton.stats import MaskedLossStats
-from masked_loss_triton.weights import gaussian_taps
 
 
 def loss(
@@ -86,10 +85,9 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _from_text(text: str) -> tuple[MaskedLossConfig, tuple[float, ...]]:
-    """A config as it crossed the border of an operator, which takes only tensors, numbers and text; and its blur."""
-    config = MaskedLossConfig(**json.loads(text))
-    return config, tuple(gaussian_taps(config.blur_kernel_size)) if config.blur_kernel_size > 1 else ()
+def _from_text(text: str) -> MaskedLossConfig:
+    """A config as it crossed the border of an operator, which takes only tensors, numbers and text."""
+    return MaskedLossConfig(**json.loads(text))
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -134,15 +132,13 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _weights(mask, prior_gate, mask_gate, shape, device, has_prior: bool, text: str, stats: bool = False):
-    config, taps = _from_text(text)
     batch, *grid = shape
     return weight_kernels.launch_weights(
         mask,
-        config,
+        _from_text(text),
         tuple(grid),
         batch,
         device,
-        blur_taps=taps,
         has_prior=has_prior,
         prior_gate=prior_gate,
         mask_gate=mask_gate,
@@ -163,7 +159,7 @@ def _launch(tensors, options, stats: bool = False, **how: Any):
             prior,
             mask,
             weights,
-            _from_text(text)[0],
+            _from_text(text),
             flow_sign=flow_sign,
             weighting=weighting,
             prior_weight=prior_weight if prior_weights is None else prior_weights,
