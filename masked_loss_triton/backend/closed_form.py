@@ -75,6 +75,7 @@ class ClosedFormLoss(torch.autograd.Function):
             ctx.gradient = gradient
             ctx.save_for_backward(None, pred, target, latents, prior, a, b)
         ctx.mark_non_differentiable(target_term, prior_term)
+        ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return target_term + prior_term, target_term, prior_term
 
     @staticmethod

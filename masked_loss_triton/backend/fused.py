@@ -63,6 +63,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.gradient = gradient if now and plain else None
         ctx.save_for_backward(gradient if now and not plain else None, *tensors)
         ctx.mark_non_differentiable(numbers)
+        ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return total, numbers
 
     @staticmethod
