@@ -107,10 +107,11 @@ def factors(
 
 @triton.jit
 def sum_of(values_ptr, count):
-    """Sum of `count` numbers that other programs have just written, in a fixed order."""
-    total = tl.zeros((512,), tl.float32)
-    for first in range(0, count, 512):
-        index = first + tl.arange(0, 512)
+    """Sum of `count` numbers that other programs have just written, in a fixed order; one per thread and step, since volatile
+    loads are never wider than one number."""
+    total = tl.zeros((128,), tl.float32)
+    for first in range(0, count, 128):
+        index = first + tl.arange(0, 128)
         total += tl.load(values_ptr + index, mask=index < count, other=0.0, volatile=True)
     return tl.sum(total, axis=0)
 

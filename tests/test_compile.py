@@ -78,6 +78,15 @@ def test_fake_tensors_give_shapes_dtypes_and_never_wait(backend, dtype):
         assert pred.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_tensors_without_storage_give_shapes(backend):
+    pred = torch.empty(2, 4, 3, 6, 10, device="meta", requires_grad=True)
+    loss = masked_loss(pred, torch.empty_like(pred).detach(), torch.empty(2, 48, 80, device="meta"), backend=backend)
+    loss.backward()
+    assert loss.shape == ()
+    assert pred.grad.shape == pred.shape
+
+
 def test_operators_keep_their_promises(device):
     """Schema, fake implementation and aliasing, as torch checks them."""
     from masked_loss_triton.backend import fused

@@ -46,9 +46,11 @@ def test_the_readme_has_every_option_with_its_default_and_every_command():
         assert f"masked-loss {command}" in README, command
 
 
-def test_the_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"])
+def test_links_lead_somewhere(page):
+    page = Path(__file__).parents[1] / page
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_float64_asks_for_the_reference():
