@@ -29,13 +29,17 @@ def loss_function(
         label: (target of the same shape, mask (B, 1, F, H, W), (B, 1, H, W) or, packed, of the shape of output; or no elements).
 
     Raises:
-        ValueError: for packed tokens whose mask is not packed the same way.
+        ValueError: for packed tokens whose mask is not packed the same way, or with a blur.
     """
 
     def loss_fn(output: torch.Tensor, label: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         target, weights = label
         mask = weights if weights.numel() else None
         if output.dim() == 3:
+            if config.blur_kernel_size > 1:
+                raise ValueError(
+                    "blur_kernel_size cannot be used with packed tokens, whose neighbours are no neighbours: set it to 0"
+                )
             # Packed 2 x 2 patches: each of the 4 C features has its own position, so a token's features are positions here.
             if mask is not None and mask.shape != output.shape:
                 raise ValueError(

@@ -7,6 +7,9 @@ finds the mask in prepared_batch["conditioning_pixel_values"], (B, 3, H, W) in [
     from masked_loss_triton.integration import simpletuner
     ModelFoundation.loss = simpletuner.wrap(ModelFoundation.loss, MaskedLossConfig.preset("blissful"))
 
+Models with a loss of their own (Sana, LTX2, Cosmos, flux, sd3, qwen_image) need the same line for their own class. The trainer's
+`masked_loss_probability` is not read here.
+
 A batch without a mask keeps the trainer's own loss. The trainer's SNR weighting applies to its own loss only.
 """
 
@@ -27,8 +30,14 @@ def mask_of(prepared_batch: dict[str, Any]) -> torch.Tensor | None:
     if kind not in ("mask", "segmentation") or pixels is None:
         return None
     if isinstance(pixels, (list, tuple)):
+        if not pixels:
+            return None
         # With a reference picture in the same batch the mask comes last; the trainer's own loss takes the first.
         pixels = pixels[-1]
+    if pixels.dim() != 4:
+        raise ValueError(
+            f"conditioning_pixel_values must be one picture per sample, (B, 3, H, W), got {tuple(pixels.shape)}"
+        )
     channel = pixels[:, :1] if kind == "mask" else pixels.mean(dim=1, keepdim=True)
     return channel.float() / 2 + 0.5
 

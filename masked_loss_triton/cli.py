@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,11 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A missing extra is the user's to mend; a missing module of this package is a bug.
         if args.debug or (error.name or "").startswith("masked_loss_triton"):
             raise
+        extra = "demo" if args.command == "demo" else "cache"
         print(
-            f"masked-loss {args.command}: needs the package {error.name!r}: pip install 'masked_loss_triton[demo]'",
+            f"masked-loss {args.command}: needs the package {error.name!r}: pip install 'masked_loss_triton[{extra}]'",
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; the interpreter must not complain about that at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if args.debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"masked-loss {args.command}: {place}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"masked-loss {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ PRESETS = ("sd-scripts", "simpletuner", "ai-toolkit", "onetrainer", "diffusion-p
 
 
 def _number(field: str, value: Any, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{field} must be a number {expected}, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+    if not -math.inf < float(value) < math.inf:  # not math.isfinite: torch.compile may trace a number that changes
         raise ValueError(f"{field} must be a finite number {expected}, got {value!r}")
     return float(value)
 
@@ -65,7 +66,7 @@ class MaskedLossConfig:
         min_weight: floor of the weights, in [0, 1).
         floor: "affine": m (1 - u) + u; "clamp": max(m, u).
         prior_threshold: None: the prior covers 1 - w. A threshold in [0, 1]: the prior covers the positions whose
-            (inverted, not blurred) mask is below it, and the target gives them up.
+            (inverted, not blurred) mask is below it, and the target gives them up. Without a prior it does nothing.
         prior_weight: factor of the prior term, >= 0; one number, or one per sample with `per_sample`.
         loss_type: "mse", "huber", "smooth_l1" or "l1", as torch defines them.
         loss_delta: `delta` of huber, `beta` of smooth_l1; > 0.

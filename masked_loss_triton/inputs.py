@@ -27,7 +27,7 @@ _PRED_SHAPES = {
 _MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class FlowTarget:
     """The target of flow matching, sign * (noise - latents), formed in float32 inside the loss instead of in memory.
 

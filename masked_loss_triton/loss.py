@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 _DEFAULT = MaskedLossConfig()
 
 
+def _checked(config: Any) -> MaskedLossConfig:
+    if config is None:
+        return _DEFAULT
+    if not isinstance(config, MaskedLossConfig):
+        raise TypeError(f"config must be a MaskedLossConfig, got {type(config).__name__}")
+    return config
+
+
 def masked_loss(
     pred: torch.Tensor,
     target: torch.Tensor | FlowTarget,
@@ -71,9 +79,10 @@ def masked_loss(
         prior_gate: (B,) bool or floating in [0, 1]; multiplies the prior's region of each sample.
         mask_gate: (B,) bool; a sample that is False has weight 1 everywhere and no prior.
         normalizer: replaces the denominator, for gradient accumulation: sum(w) over all elements of the window (a pair with
-            sum(v) when there is a prior), the number of elements with normalization="mean", the number of samples with
-            per_sample. The losses of the micro-batches then add up to the loss of the whole; where the trainer averages
-            them, give the denominator divided by their number. A number or a 0-d tensor.
+            sum(v) when there is a prior; `mask_weights` has both), the number of elements with normalization="mean", the number
+            of samples with per_sample. The losses of the micro-batches then add up to the loss of the whole; where the trainer
+            averages them, give the denominator divided by their number. A number or a 0-d tensor; under torch.compile a tensor,
+            since a number that changes compiles anew.
         process_group: all-reduces the denominators over its ranks and multiplies by their number, so that the gradient
             that data parallel training averages is exactly that of the whole batch.
         layout: "channels_first" or "layered".
@@ -91,10 +100,7 @@ def masked_loss(
         Accumulates in float32 whatever the dtypes, also under autocast. Does not synchronise, modifies no input, gives the
         same bits from run to run on one device. NaN and Inf propagate. Differentiable once, in pred.
     """
-    if config is None:
-        config = _DEFAULT
-    elif not isinstance(config, MaskedLossConfig):
-        raise TypeError(f"config must be a MaskedLossConfig, got {type(config).__name__}")
+    config = _checked(config)
     inputs = describe(
         pred,
         target,
@@ -122,6 +128,7 @@ def mask_weights(
     config: MaskedLossConfig | None = None,
     *,
     shape: tuple[int, int, int, int],
+    has_prior: bool = True,
     prior_gate: torch.Tensor | None = None,
     mask_gate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +137,7 @@ def mask_weights(
     Args:
         mask, config, prior_gate, mask_gate: as for `masked_loss`.
         shape: (B, F, H, W) of the loss; F is 1 for images and the number of layers for layered images.
+        has_prior: False gives the weights of a call without `prior`: no region, and nothing taken from the target.
 
     Returns:
         (w, v), each (B, F, H, W) float32, on the mask's device: before any normalisation, once per position (a sum over the
@@ -138,7 +146,9 @@ def mask_weights(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it takes.
     """
-    config = _DEFAULT if config is None else config
+    config = _checked(config)
+    if not isinstance(shape, (tuple, list, torch.Size)):
+        raise TypeError(f"shape must be (B, F, H, W), got {type(shape).__name__}")
     if len(shape) != 4 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape must be (B, F, H, W) of positive integers, got {tuple(shape)}")
     batch, *grid = shape
@@ -150,7 +160,7 @@ def mask_weights(
     if mask_gate is not None:
         mask_gate = per_sample_numbers("mask_gate", mask_gate, like, batch, (torch.bool,))
     raw = weights.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
-    w, v = weights.target_and_prior_weights(raw, config, prior_gate, mask_gate)
+    w, v = weights.target_and_prior_weights(raw, config, prior_gate, mask_gate, has_prior)
     return w.expand(shape), v.expand(shape)
 
 
@@ -169,7 +179,7 @@ class MaskedLoss(torch.nn.Module):
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         if config is not None and options:
             raise ValueError(f"give a config or options, not both; got a config and {', '.join(sorted(options))}")
-        self.config = MaskedLossConfig(**options) if config is None else config
+        self.config = MaskedLossConfig(**options) if config is None else _checked(config)
         self.backend = backend
 
     def forward(

@@ -90,6 +90,11 @@ def _all_reduce(totals: torch.Tensor, inputs: LossInputs) -> tuple[torch.Tensor,
         return totals, 1
     import torch.distributed as dist
 
-    totals = totals.detach().clone()
+    if totals.requires_grad:
+        raise ValueError(
+            "mask, prior_gate or normalizer requires grad, but process_group exchanges the denominators without a gradient: "
+            "detach it, or drop process_group"
+        )
+    totals = totals.clone()
     dist.all_reduce(totals, group=inputs.process_group)
     return totals, dist.get_world_size(inputs.process_group)

@@ -112,6 +112,30 @@ def test_no_mask_is_a_mask_of_ones_bit_for_bit(device, backend):
         assert torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(device, backend, default):
+    """Some trainers set it to bfloat16."""
+    tensors = [torch.randn(2, 4, 3, 5, 7, device=device) for _ in range(3)]
+    mask = torch.rand(2, 3, 5, 7, device=device)
+
+    def run():
+        pred = tensors[0].clone().requires_grad_()
+        config = MaskedLossConfig(blur_kernel_size=3, gamma=0.7)
+        loss = masked_loss(pred, tensors[1], mask, config, prior=tensors[2], backend=backend)
+        loss.backward()
+        return loss.detach(), pred.grad
+
+    want = run()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_run_repeats_bit_for_bit(device, backend):
     pred, target, prior = (torch.randn(2, 16, 3, 13, 21, device=device) for _ in range(3))

@@ -111,7 +111,15 @@ def test_a_module_takes_a_config_or_options():
         MaskedLoss(backend="cuda")
 
 
+def test_a_config_is_a_config_everywhere():
+    for call in (lambda: MaskedLoss({"gamma": 0.7}), lambda: mask_weights(MASK, {"gamma": 0.7}, shape=(2, 1, 5, 7))):
+        with pytest.raises(TypeError, match="config must be a MaskedLossConfig, got dict"):
+            call()
+
+
 def test_mask_weights_checks_its_shape():
+    with pytest.raises(TypeError, match=r"shape must be \(B, F, H, W\), got int"):
+        mask_weights(MASK, shape=5)
     with pytest.raises(ValueError, match=r"shape must be \(B, F, H, W\) of positive integers, got \(2, 5, 7\)"):
         mask_weights(MASK, shape=(2, 5, 7))
     with pytest.raises(ValueError, match=r"mask must have batch size 3"):

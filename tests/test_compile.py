@@ -53,6 +53,18 @@ def test_a_compiled_loss_can_be_differentiated_twice_over(device, backend):
     torch.testing.assert_close(first, second * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_prior_weight_that_changes_at_every_step(device, backend):
+    pred, target, prior, mask = inputs(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(masked_loss, fullgraph=True)
+    for weight in (0.1, 0.2, 0.35):
+        want = masked_loss(pred, target, mask, prior=prior, prior_weight=weight, backend=backend)
+        got = compiled(pred, target, mask, prior=prior, prior_weight=weight, backend=backend)
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_fake_tensors_give_shapes_dtypes_and_never_wait(backend, dtype):

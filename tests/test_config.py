@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from masked_loss_triton import MaskedLossConfig
@@ -63,6 +64,10 @@ def test_a_config_is_frozen_hashable_and_survives_json():
     assert MaskedLossConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert MaskedLossConfig(**json.loads(config.to_text())) == config
     assert len({config, config.replace(gamma=0.7), config.replace(gamma=0.8)}) == 2
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert MaskedLossConfig(gamma=np.float32(0.5), min_weight=np.float64(0.25)).to_dict()["gamma"] == 0.5
 
 
 def test_a_change_is_checked_again():

@@ -56,6 +56,16 @@ def rank_main(rank: int, size: int, store: str, results) -> None:
     dist.destroy_process_group()
 
 
+def test_a_gradient_that_the_exchange_would_lose_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        pred, target, _, mask = batch()
+        with pytest.raises(ValueError, match=r"mask, prior_gate or normalizer requires grad.*process_group"):
+            masked_loss(pred, target, mask.requires_grad_(), process_group=dist.group.WORLD, backend="reference")
+    finally:
+        dist.destroy_process_group()
+
+
 def test_two_ranks_are_one_batch(tmp_path):
     """The mean over the ranks, which data parallel training takes, is the loss and the gradient of the whole batch."""
     context = mp.get_context("spawn")
@@ -88,8 +98,7 @@ def test_two_micro_batches_are_one_batch(name, with_prior, backend):
     pred, target, prior, mask = batch()
     w, v = mask_weights(mask, config, shape=(4, 2, 5, 6))
     if not with_prior:
-        # Without a prior its region takes nothing from the target.
-        w, _ = mask_weights(mask, config.replace(prior_threshold=None), shape=(4, 2, 5, 6))
+        w, _ = mask_weights(mask, config, shape=(4, 2, 5, 6), has_prior=False)
     if config.per_sample:
         normalizer = 4
     elif config.normalization == "mean":

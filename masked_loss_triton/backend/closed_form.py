@@ -89,6 +89,9 @@ class ClosedFormLoss(torch.autograd.Function):
         elif gradient is None:
             factors = (grad_output * a, None if b is None else grad_output * b)
             _, _, gradient = loss_and_gradient(pred, target, latents, prior, *factors, flow_sign, config)
+        elif gradient.dtype != torch.float32 and gradient.device.type != "cpu":
+            # Off the CPU, `mul_` would round grad_output to the dtype of the gradient before it multiplies.
+            gradient = (gradient.float() * grad_output).to(gradient.dtype)
         elif not _is_known_one(grad_output):
             gradient.mul_(grad_output)
         return gradient, None, None, None, None, None, None, None
@@ -125,7 +128,8 @@ def loss_and_gradient(
     block_size = CPU_BLOCK if pred.device.type == "cpu" else DEVICE_BLOCK
     # A float32 gradient is written where it belongs at once, and saves a buffer and a pass.
     direct = write_gradient and pred.dtype == torch.float32
-    buffers = torch.empty((3 - direct - (b is None), min(pred.numel(), max(block_size, shape[1]))), device=pred.device)
+    size = min(pred.numel(), max(block_size, shape[1]))
+    buffers = torch.empty((3 - direct - (b is None), size), dtype=torch.float32, device=pred.device)
     target_terms, prior_terms = [], []
     for block in _blocks(shape, block_size):
         views = iter([operand[block[0], :, block[1], block[2], block[3]] for operand in operands])

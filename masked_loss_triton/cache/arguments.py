@@ -9,6 +9,20 @@ from masked_loss_triton.cache.dataset_config import ARCHITECTURES, MASK_KEYS, Da
 from masked_loss_triton.errors import UserError
 
 
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """--workers: None, or at least 1."""
+
+    def at_least_one(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+        return number
+
+    parser.add_argument(
+        "--workers", type=at_least_one, metavar="N", help="threads (default: four per core, at most 16)"
+    )
+
+
 def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--dataset_config, --mask_config, --arch and the mask flags."""
     parser.add_argument("--dataset_config", required=required, metavar="TOML", help="the trainer's dataset file")

@@ -9,16 +9,14 @@ EXAMPLE = "masked-loss check --dataset_config dataset.toml --arch wan --mask_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from masked_loss_triton.cache.arguments import add_dataset_arguments
+    from masked_loss_triton.cache.arguments import add_dataset_arguments, add_workers_argument
 
     add_dataset_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the problems as JSON on standard output")
     parser.add_argument(
         "--ignore", default="", metavar="KIND,KIND", help="kinds of problems to leave out, for example missing,size"
     )
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="threads (default: four per core, at most 16)"
-    )
+    add_workers_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

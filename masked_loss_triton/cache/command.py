@@ -12,13 +12,11 @@ MISSING_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from masked_loss_triton.cache.arguments import add_dataset_arguments
+    from masked_loss_triton.cache.arguments import add_dataset_arguments, add_workers_argument
 
     add_dataset_arguments(parser)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="threads (default: four per core, at most 16)"
-    )
+    add_workers_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
     parser.add_argument(
@@ -48,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from masked_loss_triton.masks.parallel import default_workers, run_parallel
     from masked_loss_triton.masks.progress import Progress, printable
 
-    if args.workers < 0:
-        raise UserError(f"--workers must be 1 or more, got {args.workers}", 2)
     if args.encode is not None and (args.remove or args.dry_run):
         raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
     architecture = ARCHITECTURES[args.arch]

@@ -82,7 +82,7 @@ def _save(target: Path, array: np.ndarray, original: Path | None) -> None:
 
 
 def _copy_caption(file: Path, conversion: Conversion) -> None:
-    caption = file.with_suffix(conversion.captions or "")
+    caption = file.with_suffix("." + (conversion.captions or "").lstrip("."))
     if not caption.is_file():
         raise UserError(f"{file} has no caption {caption.name}: add it, or leave out --captions")
     target = conversion.out / caption.name

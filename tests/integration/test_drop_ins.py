@@ -64,6 +64,19 @@ def test_simpletuner_takes_the_mask_and_not_the_reference_picture():
     torch.testing.assert_close(simpletuner.mask_of(batch), pixels[:, :1] / 2 + 0.5)
 
 
+def test_simpletuner_refuses_clips_of_masks():
+    batch = {"loss_mask_type": "mask", "conditioning_pixel_values": torch.zeros(2, 5, 3, 48, 64)}
+    with pytest.raises(ValueError, match=r"one picture per sample, \(B, 3, H, W\), got \(2, 5, 3, 48, 64\)"):
+        simpletuner.mask_of(batch)
+    assert simpletuner.mask_of({"loss_mask_type": "mask", "conditioning_pixel_values": []}) is None
+
+
+def test_diffusion_pipe_refuses_to_blur_tokens():
+    tokens = torch.zeros(2, 12, 64)
+    with pytest.raises(ValueError, match="blur_kernel_size cannot be used with packed tokens"):
+        diffusion_pipe.loss_function(MaskedLossConfig(blur_kernel_size=3))(tokens, (tokens, tokens))
+
+
 @pytest.mark.parametrize("apply", [True, False])
 def test_simpletuner_without_a_mask_keeps_its_own_loss(apply):
     noise, latents, pred = (torch.randn(2, 16, 6, 8) for _ in range(3))

@@ -1,0 +1,71 @@
+"""What a user's mistake prints: one line, and an exit status that says whose mistake it was."""
+
+import subprocess
+import sys
+
+import pytest
+
+from masked_loss_triton.cli import COMMANDS
+
+
+def masked_loss_command(*arguments, cwd=None):
+    command = [sys.executable, "-m", "masked_loss_triton", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = masked_loss_command(command, "--help")
+    assert result.returncode == 0
+    assert f"Example:\n  masked-loss {command}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ([], 2, "required: COMMAND"),
+        (["train-everything"], 2, "invalid choice: 'train-everything'"),
+        (["demo", "--steps", "0"], 2, "--steps must be a whole number from 1"),
+        (["cache", "--dataset_config", "nowhere.toml", "--arch", "wan"], 2, "nowhere.toml cannot be read"),
+        (["check", "--dataset_config", "x.toml", "--arch", "wan", "--workers", "-3"], 2, "must be 1 or more, got -3"),
+        (["to-alpha", "--images", "nowhere", "--masks", "nowhere", "--out", "out"], 2, "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, status, text):
+    result = masked_loss_command(*arguments, cwd=tmp_path)
+    assert result.returncode == status
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    """A file stands where a folder is needed."""
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "data.toml").write_text(
+        '[general]\nresolution = [64, 64]\n[[datasets]]\nimage_directory = "photos"\ncache_directory = "cache"\n'
+    )
+    (tmp_path / "taken").write_text("a file")
+    result = masked_loss_command(
+        "inspect",
+        "--dataset_config",
+        "data.toml",
+        "--arch",
+        "wan",
+        "--alpha_mask",
+        "--out",
+        "taken/sheet",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "taken" in result.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    code = f"{sys.executable} -m masked_loss_triton --help | head -c 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "Traceback" not in result.stderr
