@@ -278,8 +278,9 @@ def _prior_weight(
             return 0.0
         if len(checked) != batch:
             raise ValueError(f"prior_weight has {len(checked)} values for a batch of {batch}: give one per sample")
-        # Not cached: a tensor made under a fake or inference mode would come back outside of it.
-        return torch.tensor(checked, dtype=torch.float32, device=pred.device)
+        # Filled on the device: torch.tensor would wait for a copy from the host.
+        numbers = [torch.full((), number, dtype=torch.float32, device=pred.device) for number in checked]
+        return torch.stack(numbers)
     return checked
 
 
