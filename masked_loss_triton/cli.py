@@ -67,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except ImportError as error:
+        # opencv-python wants the libraries of a screen (libGL), which a server may lack.
+        if args.debug or "lib" not in str(error):
+            raise
+        print(
+            f"masked-loss {args.command}: a package cannot be loaded ({error}); "
+            "where there is no screen: pip install --force-reinstall opencv-python-headless",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         # Whoever read our output has enough of it; the interpreter must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
