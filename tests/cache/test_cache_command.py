@@ -313,7 +313,6 @@ def test_usage_errors(lab, capsys):
         (("--mask_directory", lab.folder / "no"), "cannot be read"),
         (("--mask_directory", lab.images), "is the image folder itself"),
         (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.01"),
-        (("--alpha_mask", "--workers", "-1"), "--workers"),
         (("--alpha_mask", "--remove", "--encode"), "--encode"),
     ):
         assert lab.run("cache", *flags) == 2
