@@ -19,6 +19,7 @@ COMMANDS = {
     "cache": "masked_loss_triton.cache.command",
     "check": "masked_loss_triton.cache.check_command",
     "inspect": "masked_loss_triton.cache.inspect_command",
+    "train": "masked_loss_triton.integration.musubi.train_command",
     "to-alpha": "masked_loss_triton.masks.to_alpha_command",
 }
 

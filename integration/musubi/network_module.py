@@ -1,0 +1,56 @@
+"""Masked loss without a launcher: a network module for `--network_module` that switches the trainer around it to masks.
+
+The trainer imports the module and asks it for a network; the options come through `--network_args name=value`. By then the
+model is loaded: faulty options are found later than with `masked-loss train`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.integration.musubi.options import take_from
+from masked_loss_triton.integration.musubi.trainer import masked_class
+
+
+def network_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`create_arch_network` and `create_arch_network_from_weights` of the trainer's LoRA module `musubi_tuner.networks.<name>`,
+    with masked loss switched on by the first network that is to be trained."""
+    real = importlib.import_module(f"musubi_tuner.networks.{name}")
+
+    def create_arch_network(*given: Any, **named: Any) -> Any:
+        take_from(named)
+        network = real.create_arch_network(*given, **named)
+        _switch_on(name)
+        return network
+
+    def create_arch_network_from_weights(*given: Any, **named: Any) -> Any:
+        network = real.create_arch_network_from_weights(*given, **named)
+        if not named.get("for_inference"):
+            _switch_on(name)
+        return network
+
+    return create_arch_network, create_arch_network_from_weights
+
+
+def _switch_on(name: str) -> None:
+    trainer, args = _caller()
+    arguments = dict(argument.split("=", 1) for argument in args.network_args or ())
+    trainer.__class__ = masked_class(type(trainer))
+    trainer.start_masks(take_from(arguments), args)
+    # What the saved LoRA says it is: tools that load it know this name.
+    args.network_module = f"networks.{name}"
+
+
+def _caller() -> tuple[Any, Any]:
+    """The trainer that is building its network, and its arguments."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")
+        if hasattr(trainer, "call_dit") and hasattr(args, "network_module"):
+            return trainer, args
+        frame = frame.f_back  # type: ignore[assignment]
+    raise UserError("this network module switches on masked loss in a trainer, and no trainer is building it")

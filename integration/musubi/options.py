@@ -1,0 +1,228 @@
+"""The flags of masked training, validated into one object before any model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS, MaskedLossConfig
+from masked_loss_triton.errors import UserError
+
+TEACHERS = ("base", "ema")
+SCHEDULES = ("constant", "linear", "cosine")
+NORMALIZE_ACROSS = ("rank", "world", "accumulation")
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None, kind: type | None = None) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """One field per flag, under the flag's name.
+
+    Raises:
+        UserError: naming the flag, its value and what is accepted, with exit status 2.
+    """
+
+    use_mask_loss: bool = _flag(
+        False, "weight the loss by the masks in the latent caches (masked-loss cache adds them)"
+    )
+    mask_gamma: float = _flag(1.0, "power of the mask, > 0; below 1 lifts grey values")
+    mask_min_weight: float = _flag(0.0, "weight of what the mask leaves out, in [0, 1); applied after gamma")
+    invert_mask: bool = _flag(False, "learn what the mask leaves out")
+    mask_blur_kernel_size: int = _flag(0, "width of a Gaussian blur in latent cells: 0 (off) or odd")
+    mask_normalization: str = _flag("weighted_mean", "how weighted errors become one number", NORMALIZATIONS)
+    normalize_per_sample: bool = _flag(False, "normalise within each sample, then average over samples")
+    mask_area_scale_beta: float = _flag(0.0, "scale the loss by (mean of the mask) ** BETA, to tame tiny masks; >= 0")
+    mask_probability: float = _flag(
+        1.0, "share of the batches that are masked, in [0, 1]; the others train on everything"
+    )
+    loss_type: str = _flag("mse", "error per element", LOSS_TYPES)
+    loss_delta: float = _flag(1.0, "delta of huber, beta of smooth_l1; > 0")
+    inverted_mask_prior: bool = _flag(False, "outside the mask, keep to the prediction of a teacher")
+    inverted_mask_prior_weight: float = _flag(0.5, "weight of that term, >= 0; 0 turns it off")
+    prior_mask_threshold: float | None = _flag(
+        None, "the prior covers where the mask is below this, in [0, 1], instead of 1 - weight", kind=float
+    )
+    prior_teacher: str = _flag(
+        "base", "teacher: the model without the adapter, or with a moving average of the adapter", TEACHERS
+    )
+    prior_ema_decay: float = _flag(0.999, "decay of that moving average per optimizer step, in [0, 1)")
+    prior_timestep_threshold: float = _flag(
+        0.0, "samples at or below this timestep (0 clean to 1000 noise) have no prior"
+    )
+    prior_decay_schedule: str = _flag(
+        "constant", "the prior's weight by timestep: falls towards 0 below --prior_decay_timestep_start", SCHEDULES
+    )
+    prior_decay_timestep_start: float = _flag(300.0, "timestep, 0 to 1000, below which that schedule falls; full above")
+    prior_warmup_ratio: float = _flag(
+        0.0, "share of the training over which the prior's weight rises from 0, in [0, 1]"
+    )
+    mask_normalize_across: str = _flag(
+        "rank",
+        "whose weights share a denominator: one process, all processes, or also all accumulated micro-batches",
+        NORMALIZE_ACROSS,
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_kind(field)
+        self._bounded("mask_probability", 0, 1)
+        self._bounded("prior_timestep_threshold", 0, 1000)
+        self._bounded("prior_decay_timestep_start", 1e-3, 1000)
+        self._bounded("prior_warmup_ratio", 0, 1)
+        if not 0 <= self.prior_ema_decay < 1:
+            raise _refused("prior_ema_decay", "must be in [0, 1)", self.prior_ema_decay)
+        self.config()  # raises for the loss's own fields
+        if self.mask_normalize_across == "accumulation" and self.mask_area_scale_beta and not self.normalize_per_sample:
+            raise UserError(
+                "--mask_area_scale_beta with --mask_normalize_across accumulation would scale by the area of one micro-batch: "
+                "add --normalize_per_sample, or use world or rank",
+                2,
+            )
+        if not self.prior_on:
+            return
+        if self.prior_decay_schedule != "constant" and not self.normalize_per_sample:
+            raise UserError(
+                f"--prior_decay_schedule {self.prior_decay_schedule} gives each sample a prior weight of its own: add "
+                "--normalize_per_sample, or use constant",
+                2,
+            )
+        if self.mask_normalize_across == "accumulation" and self._sums_over_batch:
+            raise UserError(
+                "--mask_normalize_across accumulation cannot keep two denominators, of masks and prior, over micro-batches: "
+                "add --normalize_per_sample, use world or rank, or drop --inverted_mask_prior",
+                2,
+            )
+
+    def _check_kind(self, field: dataclasses.Field[Any]) -> None:
+        value, kind, choices = getattr(self, field.name), field.metadata["kind"], field.metadata["choices"]
+        if choices and value not in choices:
+            raise _refused(field.name, f"must be one of {', '.join(choices)}", value)
+        if value is None and field.default is None:
+            return
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+            raise _refused(field.name, f"must be {names[kind]}", value)
+
+    def _bounded(self, name: str, low: float, high: float) -> None:
+        if not low <= getattr(self, name) <= high:
+            raise _refused(name, f"must be in [{low:g}, {high:g}]", getattr(self, name))
+
+    @property
+    def prior_on(self) -> bool:
+        """Whether any step may have a prior term."""
+        return self.use_mask_loss and self.inverted_mask_prior and self.inverted_mask_prior_weight > 0
+
+    @property
+    def _sums_over_batch(self) -> bool:
+        return self.mask_normalization != "mean" and not self.normalize_per_sample
+
+    def config(self) -> MaskedLossConfig:
+        """The options of the loss itself."""
+        try:
+            return MaskedLossConfig(**{field: getattr(self, flag) for field, flag in LOSS_FLAGS.items()})
+        except (ValueError, TypeError) as error:
+            field, _, rest = str(error).partition(" ")
+            raise UserError(f"--{LOSS_FLAGS.get(field, field)} {rest}", 2) from error
+
+    def idle(self, world_size: int, accumulation_steps: int) -> list[str]:
+        """What was asked for and does nothing, one sentence each."""
+        given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        if not self.use_mask_loss:
+            names = ", ".join(f"--{name}" for name in sorted(given))
+            return [f"{names} does nothing without --use_mask_loss"] if given else []
+        found = []
+        prior_flags = {name for name in given if "prior" in name} - {"inverted_mask_prior"}
+        if self.inverted_mask_prior and not self.prior_on:
+            found.append("--inverted_mask_prior does nothing with --inverted_mask_prior_weight 0")
+        elif not self.inverted_mask_prior and prior_flags:
+            names = ", ".join(f"--{name}" for name in sorted(prior_flags))
+            found.append(f"{names} does nothing without --inverted_mask_prior")
+        if "prior_ema_decay" in given and self.prior_teacher != "ema":
+            found.append("--prior_ema_decay does nothing without --prior_teacher ema")
+        if "prior_decay_timestep_start" in given and self.prior_decay_schedule == "constant":
+            found.append("--prior_decay_timestep_start does nothing with --prior_decay_schedule constant")
+        if "loss_delta" in given and self.loss_type not in ("huber", "smooth_l1"):
+            found.append(f"--loss_delta does nothing with --loss_type {self.loss_type}")
+        if self.mask_probability == 0:
+            found.append("--mask_probability 0 masks no batch at all")
+        if self.mask_normalize_across == "world" and world_size == 1:
+            found.append("--mask_normalize_across world does nothing with one process")
+        if self.mask_normalize_across == "accumulation" and world_size == 1 and accumulation_steps == 1:
+            found.append("--mask_normalize_across accumulation does nothing with --gradient_accumulation_steps 1")
+        return found
+
+    def metadata(self) -> dict[str, str]:
+        """`ss_*` entries for the saved LoRA, one per option."""
+        return {f"ss_{name}": str(value) for name, value in dataclasses.asdict(self).items()}
+
+
+LOSS_FLAGS = {
+    "gamma": "mask_gamma",
+    "min_weight": "mask_min_weight",
+    "invert": "invert_mask",
+    "blur_kernel_size": "mask_blur_kernel_size",
+    "normalization": "mask_normalization",
+    "per_sample": "normalize_per_sample",
+    "area_scale_beta": "mask_area_scale_beta",
+    "loss_type": "loss_type",
+    "loss_delta": "loss_delta",
+    "prior_weight": "inverted_mask_prior_weight",
+    "prior_threshold": "prior_mask_threshold",
+}
+
+
+def _refused(name: str, expected: str, value: Any) -> UserError:
+    return UserError(f"--{name} {expected}, got {value!r}", 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the flags to a trainer's parser. A flag that the trainer has under the same name stays the trainer's."""
+    group = parser.add_argument_group("masked loss")
+    for field in dataclasses.fields(MaskOptions):
+        name, kind, choices = f"--{field.name}", field.metadata["kind"], field.metadata["choices"]
+        if name in parser._option_string_actions:
+            continue
+        text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(name, action="store_true", help=text)
+        else:
+            shown = text if field.default is None else f"{text} (default: {field.default})"
+            group.add_argument(name, type=kind, default=field.default, choices=choices, help=shown)
+    return parser
+
+
+def from_namespace(args: argparse.Namespace) -> MaskOptions:
+    """The options among a trainer's parsed arguments; what its parser did not know has the default."""
+    names = [field.name for field in dataclasses.fields(MaskOptions)]
+    return MaskOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def take_from(arguments: dict[str, Any]) -> MaskOptions:
+    """The options among `--network_args name=value`, as text; takes them out of `arguments`. Masks are on.
+
+    Raises:
+        UserError: naming the argument whose text cannot be read.
+    """
+    given: dict[str, Any] = {"use_mask_loss": True}
+    for field in dataclasses.fields(MaskOptions):
+        if field.name in arguments:
+            given[field.name] = _from_text(field, arguments.pop(field.name))
+    return MaskOptions(**given)
+
+
+def _from_text(field: dataclasses.Field[Any], text: Any) -> Any:
+    kind = field.metadata["kind"]
+    truth: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
+    try:
+        return truth[str(text).lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise UserError(f"--network_args {field.name}={text}: must be {names[kind]}", 2) from error

@@ -1,0 +1,245 @@
+"""Masked training of one run: which batches are masked, the teacher, the loss, its denominators, and what is logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masked_loss_triton import mask_weights, masked_loss
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.integration.musubi import schedule
+from masked_loss_triton.integration.musubi.options import MaskOptions
+from masked_loss_triton.integration.musubi.teacher import Teacher, adapters_of
+from masked_loss_triton.integration.musubi.window import Window
+from masked_loss_triton.stats import MaskedLossStats
+
+STATE_FILE = "masked_loss.safetensors"
+MASK_PREFIX = "mask_weights"
+
+
+@dataclasses.dataclass
+class Step:
+    """What one micro-batch was given.
+
+    Attributes:
+        mask: (B, 1, F, H, W) as cached, or None where this batch is not masked.
+        prior_gate: (B,) bool, or None when every sample may have a prior.
+        prior_weight: a number, or (B,) float32.
+        positions: (F, H, W) of the loss; F counts layers.
+        needs_teacher: whether any sample has a prior region.
+        prior: the teacher's prediction, of the shape of pred.
+        layout: of pred, see `masked_loss`.
+    """
+
+    mask: torch.Tensor | None
+    positions: tuple[int, int, int]
+    prior_gate: torch.Tensor | None = None
+    prior_weight: torch.Tensor | float = 0.0
+    needs_teacher: bool = False
+    prior: torch.Tensor | None = None
+    layout: str = "channels_first"
+
+
+def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: bool) -> torch.Tensor:
+    """The cached weights of a batch, (B, 1, F, H, W) on its device.
+
+    Args:
+        batch: the trainer's; weights are under a name that starts with "mask_weights".
+        latents: (B, C, F, H, W); F counts layers for layered pictures.
+        first_layer_dropped: the loss is over all layers but the first.
+
+    Raises:
+        UserError: when there is none, or one of another shape: some items of the batch have none, or masks of other latents.
+    """
+    names = [name for name in batch if name.startswith(MASK_PREFIX)]
+    again = "run masked-loss cache on this dataset"
+    if len(names) != 1:
+        what = f"several masks ({', '.join(sorted(names))})" if names else "no mask weights"
+        raise UserError(f"a batch of the dataset has {what}: {again}")
+    mask = batch[names[0]]
+    expected = (latents.shape[0], 1, *latents.shape[2:])
+    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != expected:
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UserError(
+            f"{names[0]} of a batch is {got}, its latents need {expected}: some of its items have no mask, or one of other "
+            f"latents; {again}"
+        )
+    return mask[:, :, 1:] if first_layer_dropped else mask
+
+
+class MaskedTraining:
+    """State and arithmetic of one run. The trainer's adapter calls `begin`, then `loss`, once per micro-batch."""
+
+    def __init__(self, options: MaskOptions) -> None:
+        self.options = options
+        self.config = options.config()
+        self.step = 0  # micro-batches
+        self.optimizer_step = 0
+        self.masked = 0
+        self.taught = 0
+        self.teacher: Teacher | None = None
+        self._seed: int | None = None
+        self._saved_average: dict[str, torch.Tensor] = {}
+        self._stepped = False
+        self._stats: MaskedLossStats | None = None
+        self._window: Window | None = None
+
+    def begin(
+        self,
+        args: Any,
+        accelerator: Any,
+        transformer: torch.nn.Module,
+        batch: dict[str, Any],
+        timesteps: torch.Tensor,
+    ) -> Step:
+        """Before the forward pass of a micro-batch: what applies to it.
+
+        Waits for the device once when there is a prior, to learn whether any sample has a region for it.
+        """
+        if self._window is None:
+            self._start(args, accelerator, transformer)
+        self._after_optimizer_step()
+        layered = bool(getattr(args, "is_layered", False))
+        dropped = layered and bool(getattr(args, "remove_first_image_from_target", False))
+        mask = mask_of(batch, batch["latents"], dropped)
+        assert self._seed is not None
+        frames, height, width = mask.shape[2:]
+        step = Step(mask, (frames, height, width), layout="layered" if layered else "channels_first")
+        if not schedule.masked_this_time(self.options.mask_probability, self._seed, self.step):
+            step.mask = None
+        else:
+            self.masked += 1
+            if self.options.prior_on:
+                self._plan_prior(step, args, timesteps)
+        self.step += 1
+        self.taught += step.needs_teacher
+        self._stepped = accelerator.sync_gradients
+        return step
+
+    def _start(self, args: Any, accelerator: Any, transformer: torch.nn.Module) -> None:
+        if self._seed is None:
+            # Without --seed every process draws its own.
+            seed = [args.seed]
+            if accelerator.num_processes > 1:
+                torch.distributed.broadcast_object_list(seed)
+            self._seed = int(seed[0] or 0)
+        model = accelerator.unwrap_model(transformer)
+        if self.options.prior_on:
+            decay = self.options.prior_ema_decay if self.options.prior_teacher == "ema" else None
+            self.teacher = Teacher(model, decay)
+            if self._saved_average:
+                self.teacher.load(self._saved_average)
+        trained = [value for adapter in adapters_of(model).values() for value in adapter.parameters()]
+        self._window = Window(self.options.mask_normalize_across, accelerator, self.config, trained)
+
+    def _after_optimizer_step(self) -> None:
+        if self._stepped:
+            self.optimizer_step += 1
+            if self.teacher is not None:
+                self.teacher.update()
+        self._stepped = False
+
+    def _plan_prior(self, step: Step, args: Any, timesteps: torch.Tensor) -> None:
+        options = self.options
+        scale = schedule.warmup(self.optimizer_step, args.max_train_steps, options.prior_warmup_ratio)
+        weight: torch.Tensor | float = options.inverted_mask_prior_weight * scale
+        if weight == 0:
+            return
+        shares = schedule.decay(timesteps, options.prior_decay_schedule, options.prior_decay_timestep_start)
+        weight = weight if shares is None else weight * shares
+        if options.prior_timestep_threshold > 0:
+            step.prior_gate = timesteps > options.prior_timestep_threshold
+        assert step.mask is not None
+        shape = (step.mask.shape[0], *step.positions)
+        _, region = mask_weights(step.mask, self.config, shape=shape, prior_gate=step.prior_gate)
+        wanted = (region.flatten(1).amax(1) > 0) & (torch.as_tensor(weight, device=region.device) > 0)
+        step.prior_weight, step.needs_teacher = weight, bool(wanted.any())
+
+    def loss(
+        self, pred: torch.Tensor, target: torch.Tensor, step: Step, weighting: torch.Tensor | None, wants_stats: bool
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, 0-d float32.
+
+        Args:
+            pred, target: as the trainer's `call_dit` returns them.
+            step: from `begin`, with `prior` filled in where it needs the teacher.
+            weighting: the trainer's factor per sample, or None.
+            wants_stats: keep what `logs` will report.
+        """
+        assert self._window is not None
+        call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": wants_stats}
+        if step.prior is not None:
+            call.update(prior=step.prior, prior_gate=step.prior_gate, prior_weight=step.prior_weight)
+        call.update(self._window.denominators(pred, step.mask, step.positions))
+        result = masked_loss(pred, target, step.mask, self.config, **call)
+        if not wants_stats:
+            return result
+        loss, self._stats = result
+        return loss
+
+    def logs(self) -> dict[str, float]:
+        """The last loss's parts and the rates so far, for the trainer's trackers. Waits for the device once."""
+        if self._stats is None:
+            return {}
+        stats = self._stats._asdict()
+        values = dict(zip(stats, torch.stack(list(stats.values())).tolist(), strict=True))
+        found = {
+            "mask/target_loss": values["target_term"],
+            "mask/prior_loss": values["prior_term"],
+            "mask/prior_share": values["prior_share"],
+            "mask/coverage": values["raw_mean"],
+            "mask/target_weight": values["target_weight_mean"],
+            "mask/prior_weight": values["prior_weight_mean"],
+            "mask/applied_rate": self.masked / self.step,
+        }
+        if self.options.prior_on:
+            found["mask/teacher_rate"] = self.taught / self.step
+        return found
+
+    def save(self, folder: str) -> None:
+        """Writes counters and the teacher's average beside the trainer's state."""
+        from safetensors.torch import save_file
+
+        self._after_optimizer_step()
+        counters = {
+            "step": self.step,
+            "optimizer_step": self.optimizer_step,
+            "masked": self.masked,
+            "taught": self.taught,
+        }
+        average = self.teacher.average if self.teacher is not None else {}
+        tensors = {name: value.contiguous() for name, value in average.items()}
+        save_file(
+            tensors, Path(folder) / STATE_FILE, metadata={"counters": json.dumps({**counters, "seed": self._seed})}
+        )
+
+    def load(self, folder: str) -> bool:
+        """Reads what `save` wrote; False when the state was saved without masks, and all counters start at 0.
+
+        Raises:
+            UserError: naming the file, when it is damaged or has no average although the teacher needs one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / STATE_FILE
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                counters = json.loads(file.metadata()["counters"])
+                self._saved_average = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.step, self.optimizer_step = int(counters["step"]), int(counters["optimizer_step"])
+            self.masked, self.taught, self._seed = int(counters["masked"]), int(counters["taught"]), counters["seed"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}): resume from another state, or delete it to start anew"
+            ) from error
+        if self.options.prior_on and self.options.prior_teacher == "ema" and not self._saved_average:
+            raise UserError(
+                f"{path} holds no teacher: it was saved without --prior_teacher ema; use base, or start anew"
+            )
+        return True

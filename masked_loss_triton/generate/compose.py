@@ -1,0 +1,80 @@
+"""From instances to one grey mask: plain pixels, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from masked_loss_triton.generate.backends import Box
+from masked_loss_triton.generate.options import Options
+from masked_loss_triton.masks.operations import blur, dilate
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """One thing that was found for some words.
+
+    mask: (H, W) bool. box: pixels. score, mask_score: what detector and segmenter think of it, 0 to 1.
+    """
+
+    mask: np.ndarray
+    box: Box
+    score: float
+    mask_score: float
+
+
+def choose(instances: Sequence[Instance], options: Options, select: str) -> list[Instance]:
+    """The instances of one prompt that count: good and large enough, then all, the largest or the nearest one.
+
+    Of equals the first one is taken.
+    """
+    left = [
+        one
+        for one in instances
+        if one.mask_score >= options.min_mask_score and one.mask.any() and one.mask.mean() >= options.min_size
+    ]
+    if select == "largest" and left:
+        return [max(left, key=lambda one: int(one.mask.sum()))]
+    if select == "nearest" and left:
+        return [min(left, key=lambda one: _distance(one, options.reference_box))]
+    return left
+
+
+def _distance(instance: Instance, reference: Box) -> float:
+    """Between the centres of the two boxes, as a fraction of each side."""
+    height, width = instance.mask.shape
+    x = (instance.box[0] + instance.box[2]) / (2 * width) - (reference[0] + reference[2]) / 2
+    y = (instance.box[1] + instance.box[3]) / (2 * height) - (reference[1] + reference[3]) / 2
+    return math.hypot(x, y)
+
+
+def compose(found: Mapping[str, Sequence[np.ndarray]], options: Options, shape: tuple[int, int]) -> np.ndarray:
+    """The grey mask of one picture.
+
+    Args:
+        found: the masks, (H, W) bool, of the instances that count, by their words.
+        options: weights, exclusion, padding, blur, inversion.
+        shape: (H, W).
+
+    Returns:
+        (H, W) uint8.
+    """
+    grey = np.zeros(shape, np.uint8)
+    for prompt in options.prompts:
+        layer = _union(found.get(prompt.words, ()), shape)
+        if layer.any():
+            grey = np.maximum(grey, np.minimum(dilate(layer, options.padding), prompt.grey))
+    for words in options.exclude:
+        grey[_union(found.get(words, ()), shape) > 0] = 0
+    grey = blur(grey, options.blur)
+    return 255 - grey if options.invert else grey
+
+
+def _union(masks: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    union = np.zeros(shape, np.uint8)
+    for mask in masks:
+        union[mask] = 255
+    return union

@@ -1,0 +1,115 @@
+"""Detector, segmenter and options together: the instances in pictures, and through a clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from masked_loss_triton.generate.backends import Detector, Segmenter
+from masked_loss_triton.generate.compose import Instance, choose, compose
+from masked_loss_triton.generate.options import Options
+
+Found = dict[str, list[Instance]]  # by words; words without an instance are not in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A mask, (H, W) uint8, and what it was made of; for a frame of a clip, what its key frame had."""
+
+    mask: np.ndarray
+    found: Found
+
+    def something(self, options: Options) -> bool:
+        """Whether any prompt was found; exclusions do not count."""
+        return any(prompt.words in self.found for prompt in options.prompts)
+
+
+class Engine:
+    """Finds, chooses, composes. Holds no state of any picture."""
+
+    def __init__(self, detector: Detector, segmenter: Segmenter, options: Options, key_interval: int) -> None:
+        self.detector, self.segmenter, self.options = detector, segmenter, options
+        self.key_interval = key_interval
+
+    def find(self, pictures: Sequence[np.ndarray]) -> list[Found]:
+        """What is in each picture, (H, W, 3) uint8, after the choice of instances."""
+        words = self.options.words
+        detections = [
+            [[one for one in found if one.score >= self.options.min_score] for found in by_words]
+            for by_words in self.detector.detect(pictures, words)
+        ]
+        flat = [[one for found in by_words for one in found] for by_words in detections]
+        cutouts = self.segmenter.segment(pictures, [[one.box for one in boxes] for boxes in flat])
+        results = []
+        for by_words, masks in zip(detections, cutouts, strict=True):
+            left = iter(masks)
+            found: Found = {}
+            for one, boxes in zip(words, by_words, strict=True):
+                instances = []
+                for detection in boxes:
+                    cutout = next(left)
+                    instances.append(Instance(cutout.mask, detection.box, detection.score, cutout.score))
+                select = "all" if one in self.options.exclude else self.options.select
+                if chosen := choose(instances, self.options, select):
+                    found[one] = chosen
+            results.append(found)
+        return results
+
+    def masks(self, pictures: Sequence[np.ndarray]) -> list[Result]:
+        """The mask of each picture, (H, W, 3) uint8."""
+        return [
+            Result(compose(_masks(found), self.options, picture.shape[:2]), found)
+            for picture, found in zip(pictures, self.find(pictures), strict=True)
+        ]
+
+    def masks_of_clip(self, frames: Iterable[np.ndarray]) -> Iterator[Result]:
+        """The mask of each frame, in order.
+
+        Every `key_interval` frames, and in the last one, things are found anew; in between they are followed from the key
+        frame before. What only the key frame after has is followed backwards from there. At most `key_interval` + 1
+        frames are in memory.
+        """
+        waiting = iter(frames)
+        first = next(waiting, None)
+        if first is None:
+            return
+        found = self.find([first])[0]
+        while True:
+            chunk = [first]
+            for frame in waiting:
+                chunk.append(frame)
+                if len(chunk) > self.key_interval:
+                    break
+            if len(chunk) == 1:
+                yield Result(compose(_masks(found), self.options, first.shape[:2]), found)
+                return
+            after = self.find([chunk[-1]])[0]
+            # The last frame of the chunk begins the next one, or ends the clip there with what was found in it.
+            for by_words in self._between(chunk, found, after):
+                yield Result(compose(by_words, self.options, first.shape[:2]), found)
+            first, found = chunk[-1], after
+
+    def _between(self, chunk: list[np.ndarray], before: Found, after: Found) -> Iterator[dict[str, list[np.ndarray]]]:
+        """The masks of all frames of a chunk but its last one, by words."""
+        new = {words: instances for words, instances in after.items() if words not in before}
+        backwards = list(self._follow(chunk[::-1], new))[:0:-1] if new else [{}] * (len(chunk) - 1)
+        for ahead, back in zip(self._follow(chunk[:-1], before), backwards, strict=True):
+            yield {**ahead, **back}
+
+    def _follow(self, frames: list[np.ndarray], found: Found) -> Iterator[dict[str, list[np.ndarray]]]:
+        if not found:
+            yield from ({} for _ in frames)
+            return
+        owners = [words for words, instances in found.items() for _ in instances]
+        first = [one.mask for instances in found.values() for one in instances]
+        for masks in self.segmenter.follow(frames, first):
+            by_words: dict[str, list[np.ndarray]] = {}
+            for words, mask in zip(owners, masks, strict=True):
+                by_words.setdefault(words, []).append(mask)
+            yield by_words
+
+
+def _masks(found: Found) -> dict[str, list[np.ndarray]]:
+    return {words: [one.mask for one in instances] for words, instances in found.items()}

@@ -1,0 +1,127 @@
+"""What is asked for: the words with their weights, which instances count, and what is done to the mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from masked_loss_triton.errors import UserError
+
+SELECTIONS = ("all", "largest", "nearest")
+MAX_PADDING = 1024  # pixels
+MAX_BLUR = 0.05  # of the smaller side
+WEIGHTED = re.compile(r"(?P<words>.*)=(?P<weight>[^=]*)", re.DOTALL)
+# The box of a detector that sees nothing: the whole picture but a margin, since what touches all edges is background.
+CENTRAL_BOX = (0.08, 0.08, 0.92, 0.92)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Words for something in the picture, and its grey value: weight 1 is white."""
+
+    words: str
+    weight: float = 1.0
+
+    @property
+    def grey(self) -> int:
+        """The weight as a byte, 1 to 255."""
+        return max(1, round(self.weight * 255))
+
+
+def parse_prompt(text: str) -> Prompt:
+    """`"face"` or `"face=0.5"`.
+
+    Raises:
+        UserError: for no words, characters that the detector reads as its own marks, or a weight outside (0, 1].
+    """
+    match = WEIGHTED.fullmatch(text)
+    words, weight = (match["words"], match["weight"]) if match else (text, "1")
+    words = " ".join(words.split())
+    if not words:
+        raise UserError(f"prompt {text!r} has no words: write for example person or face=0.5", 2)
+    if set(words) & set("<>"):
+        raise UserError(f"prompt {text!r}: < and > are marks of the detector's own language: leave them out", 2)
+    try:
+        value = float(weight)
+    except ValueError:
+        raise UserError(f"prompt {text!r}: {weight!r} is not a weight: write for example face=0.5", 2) from None
+    if not 0 < value <= 1:
+        raise UserError(f"prompt {text!r}: its weight must be above 0 and at most 1; exclude with --exclude_prompt", 2)
+    return Prompt(words, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """From instances to one mask, in this order: score and size, selection, union, padding, layers, exclusion, blur, inversion.
+
+    Args:
+        prompts: the layers; where they overlap the highest weight wins.
+        exclude: words for what is 0 in the mask whatever the prompts say. Not padded.
+        select: "all" instances of a prompt, the "largest", or the "nearest" to the centre of `reference_box`.
+        reference_box: left, top, right, bottom as fractions of the picture; also the box of a detector without words.
+        min_score: instances below this score of the detector, 0 to 1, do not count.
+        min_mask_score: the same for the segmenter's own estimate of its mask.
+        min_size: instances below this share of the picture's area do not count.
+        padding: grow each prompt's mask by so many pixels; negative shrinks it.
+        blur: Gaussian; its standard deviation as a fraction, 0 to 0.05, of the picture's smaller side.
+        invert: white where nothing was found.
+
+    Raises:
+        UserError: naming the flag, the value and what is accepted.
+    """
+
+    prompts: tuple[Prompt, ...]
+    exclude: tuple[str, ...] = ()
+    select: str = "all"
+    reference_box: tuple[float, float, float, float] = CENTRAL_BOX
+    min_score: float = 0.0
+    min_mask_score: float = 0.0
+    min_size: float = 0.0
+    padding: int = 0
+    blur: float = 0.0
+    invert: bool = False
+
+    def __post_init__(self) -> None:
+        words = [*(prompt.words for prompt in self.prompts), *self.exclude]
+        twice = {one for one in words if words.count(one) > 1}
+        if twice:
+            raise UserError(f"prompt {min(twice)!r} is given twice: leave one out", 2)
+        if not self.prompts:
+            raise UserError("there is no prompt: give --text_prompt", 2)
+        for field, low, high in (
+            ("min_score", 0, 1),
+            ("min_mask_score", 0, 1),
+            ("min_size", 0, 1),
+            ("padding", -MAX_PADDING, MAX_PADDING),
+            ("blur", 0, MAX_BLUR),
+        ):
+            if not low <= getattr(self, field) <= high:
+                raise UserError(f"--{field} must be between {low:g} and {high:g}, got {getattr(self, field):g}", 2)
+        left, top, right, bottom = self.reference_box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise UserError(
+                f"--reference_box must be left top right bottom, fractions of the picture from 0 to 1, got "
+                f"{' '.join(f'{edge:g}' for edge in self.reference_box)}",
+                2,
+            )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Everything that is to be found, the prompts first."""
+        return (*(prompt.words for prompt in self.prompts), *self.exclude)
+
+
+def parse_prompts(texts: Sequence[str], excluded: Sequence[str]) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    """Prompts and excluded words from the command line.
+
+    Raises:
+        UserError: for a bad prompt, or a weight of an excluded one.
+    """
+    exclude = []
+    for text in excluded:
+        prompt = parse_prompt(text)
+        if prompt.weight != 1:
+            raise UserError(f"--exclude_prompt {text!r}: what is excluded is 0 and has no weight", 2)
+        exclude.append(prompt.words)
+    return tuple(parse_prompt(text) for text in texts), tuple(exclude)
