@@ -17,15 +17,13 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.options import Options
 
 DETECTORS = {
-    "florence2": "masked_loss_triton.generate.florence2",
     "box": "masked_loss_triton.generate.box",
 }
 SEGMENTERS = {
-    "sam2": "masked_loss_triton.generate.sam2",
     "grabcut": "masked_loss_triton.generate.grabcut",
 }
 ALIASES = {"grabcut": "box+grabcut"}
-DEFAULT = "florence2+sam2"
+DEFAULT = "grabcut"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded
 
