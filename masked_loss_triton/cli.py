@@ -16,6 +16,7 @@ from masked_loss_triton.errors import UserError
 
 COMMANDS = {
     "demo": "masked_loss_triton.demo.command",
+    "generate": "masked_loss_triton.generate.command",
     "cache": "masked_loss_triton.cache.command",
     "check": "masked_loss_triton.cache.check_command",
     "inspect": "masked_loss_triton.cache.inspect_command",

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PANEL = 224  # longest side of a panel, pixels
 STRIP = 140  # longest side of a frame of the strip, pixels
-MAX_STRIP = 7
+MAX_STRIP = 6  # as many as fit in the width of a card
 GAP, TEXT = 10, 18
 BACKGROUND, INK, FAINT, ACCENT = (250, 250, 248), (30, 30, 34), (130, 130, 138), (196, 30, 58)
 EDGE = (206, 206, 202)

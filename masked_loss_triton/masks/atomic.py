@@ -50,7 +50,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> int:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             match = TEMPORARY.fullmatch(entry.name)
-            if match and not _is_running(int(match["pid"])):
+            if match and not is_running(int(match["pid"])):
                 with contextlib.suppress(OSError):
                     if stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
                         os.unlink(entry.path)
@@ -58,7 +58,8 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> int:
     return removed
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process of this number runs; this one does not count."""
     if pid == os.getpid():
         return False
     if os.name == "nt":  # os.kill would end the process there

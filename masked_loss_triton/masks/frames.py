@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def clip_frame_count(path: str | os.PathLike[str]) -> int:
         return len(frame_files(path, IMAGE_EXTENSIONS))
     with _Video(path) as stream:
         return stream.frames
+
+
+def frame_rate(path: str | os.PathLike[str]) -> Fraction:
+    """Frames per second of a video; 24 where its container does not say.
+
+    Raises:
+        UserError: naming the clip, when it cannot be read.
+    """
+    with _Video(path) as stream:
+        return stream.average_rate or Fraction(24)
 
 
 def read_frames(path: str | os.PathLike[str], alpha: bool = False) -> Iterator[np.ndarray]:
