@@ -17,13 +17,15 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.options import Options
 
 DETECTORS = {
+    "florence2": "masked_loss_triton.generate.florence2",
     "box": "masked_loss_triton.generate.box",
 }
 SEGMENTERS = {
+    "sam2": "masked_loss_triton.generate.sam2",
     "grabcut": "masked_loss_triton.generate.grabcut",
 }
 ALIASES = {"grabcut": "box+grabcut"}
-DEFAULT = "grabcut"
+DEFAULT = "florence2+sam2"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded
 
@@ -108,5 +110,6 @@ def load_backend(args: argparse.Namespace, options: Options) -> tuple[Detector, 
             problems.append(error)
     if problems:
         # The same sentence twice (no transformers) is said once.
-        raise UserError("; ".join(dict.fromkeys(map(str, problems))), problems[0].exit_status)
+        said = "; ".join(dict.fromkeys(map(str, problems)))
+        raise UserError(f"{said} (--backend grabcut needs no weights)", problems[0].exit_status)
     return loaded[0], loaded[1]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from masked_loss_triton.generate.summary import Summary
 
 HELP = (
-    "Make a mask for every picture and clip."
+    "Make a mask for every picture and clip, from words: Florence-2 finds, SAM 2 cuts out; or GrabCut, without weights."
 )
 EXAMPLE = (
     'masked-loss generate --input_dir photos --output_dir masks --text_prompt "person"\n'

@@ -1,0 +1,142 @@
+"""Tiny Florence-2 and SAM 2 with random weights and their real processors, in folders as the hub has them. No network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+
+SPECIAL = ["<od>", "</od>", "<ocr>", "</ocr>", "<loc_{}>", "<cap>", "</cap>", "<ncap>", "</ncap>", "<dcap>", "</dcap>"]
+SPECIAL += ["<grounding>", "</grounding>", "<seg>", "</seg>", "<sep>", "<region_cap>", "</region_cap>", "<poly>", "</poly>"]
+PARSERS = ["ocr", "phrase_grounding", "pure_text", "description_with_bboxes", "description_with_polygons", "polygons"]
+PARSERS += ["bboxes", "description_with_bboxes_or_polygons"]
+
+
+def tokenizer(folder: Path):
+    """A BART tokenizer whose words are bytes, with Florence-2's location tokens and marks."""
+    from transformers import BartTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = []
+    for token in SPECIAL:
+        special += [token.format(i) for i in range(1000)] if "{" in token else [token]
+    result = BartTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": "<image>"})
+    result.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
+    return result
+
+
+def florence2(folder: Path, lessons: list[tuple[np.ndarray, str, str]] = (), steps: int = 300) -> Path:
+    """A Florence-2 of 64 x 64 pixels: a picture is four tokens and one more for all of it.
+
+    Random weights answer nothing, so it learns a few lessons by heart: picture, task with words, answer.
+    """
+    from transformers import CLIPImageProcessor, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
+
+    words = tokenizer(folder / "words")
+    side = 64
+    pixels = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
+    pixels.image_seq_length = (side // 32) ** 2 + 1
+    processor = Florence2Processor(
+        image_processor=pixels, tokenizer=words, post_processor_config={name: {} for name in PARSERS}
+    )
+    vision = {
+        "depths": [1, 1, 1, 1],
+        "embed_dim": [16, 16, 16, 16],
+        "num_heads": [2, 2, 2, 2],
+        "num_groups": [2, 2, 2, 2],
+        "window_size": 4,
+        "projection_dim": 32,
+    }
+    text = {
+        "model_type": "bart",
+        "vocab_size": len(words),
+        "d_model": 32,
+        **dict.fromkeys(["encoder_layers", "decoder_layers"], 1),
+        **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2),
+        **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], 32),
+        "max_position_embeddings": 1024,
+        "forced_eos_token_id": None,
+    }
+    torch.manual_seed(5)
+    config = Florence2Config(vision_config=vision, text_config=text, image_token_id=words.image_token_id)
+    model = Florence2ForConditionalGeneration(config)
+    if lessons:
+        learn(model.eval(), processor, lessons, steps)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def learn(model, processor, lessons, steps: int) -> None:
+    pictures, prompts, answers = map(list, zip(*lessons, strict=True))
+    inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
+    labels = processor.tokenizer([f"<s>{one}</s>" for one in answers], padding=True, add_special_tokens=False)
+    labels = torch.tensor(labels["input_ids"])
+    labels[labels == processor.tokenizer.pad_token_id] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, f"the tiny model has not learned its lessons: {loss.item()}"
+
+
+def sam2(folder: Path) -> Path:
+    """A SAM 2 of 64 x 64 pixels. Saved as the video model, like Meta's repositories, which serve pictures as well."""
+    from transformers import Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
+    from transformers import Sam2VideoVideoProcessor
+
+    side = 64
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 8,
+        "image_size": [side, side],
+        "blocks_per_stage": [1, 1, 1, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads": 1,
+        "num_attention_heads_per_stage": [1, 1, 1, 1],
+        "window_size_per_stage": [4, 2, 2, 1],
+        "window_positional_embedding_background_size": [4, 4],
+        "global_attention_blocks": [2],
+    }
+    vision = {
+        "model_type": "sam2_vision_model",
+        "backbone_config": backbone,
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[side // 4] * 2, [side // 8] * 2, [side // 16] * 2],
+        "fpn_hidden_size": 32,
+    }
+    config = Sam2VideoConfig(
+        vision_config=vision,
+        prompt_encoder_config={"hidden_size": 32, "image_size": side},
+        mask_decoder_config={"hidden_size": 32, "iou_head_hidden_dim": 32, "mlp_dim": 32, "num_attention_heads": 2},
+        image_size=side,
+        memory_attention_hidden_size=32,
+        memory_attention_num_layers=1,
+        memory_attention_feed_forward_hidden_size=32,
+        memory_attention_rope_feat_sizes=[side // 16] * 2,
+        memory_encoder_hidden_size=32,
+        memory_encoder_output_channels=16,
+        mask_downsampler_embed_dim=32,
+        memory_fuser_num_layers=1,
+        memory_fuser_embed_dim=32,
+        memory_fuser_intermediate_dim=32,
+    )
+    torch.manual_seed(7)
+    Sam2VideoModel(config).save_pretrained(folder)
+    size = {"height": side, "width": side}
+    mask_size = {"height": side // 4, "width": side // 4}
+    Sam2VideoProcessor(
+        image_processor=Sam2ImageProcessor(size=size, mask_size=mask_size),
+        video_processor=Sam2VideoVideoProcessor(size=size),
+        target_size=side,
+    ).save_pretrained(folder)
+    return folder
