@@ -1,8 +1,16 @@
-"""Hooks for the laboratory's run_train.py: in place of the trainer's main they start ours, on the same command line."""
+"""Hooks for the laboratory's run_train.py, which runs a real trainer with tiny models on CPU.
+
+`launcher` starts `masked-loss train` in place of the trainer's main, on the same command line. `fixed_noise` gives every item
+noise and a timestep of its own, so that runs with other batches can be compared. `observe` writes what reaches the loss to the
+JSON lines file in LAB_OBSERVE.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
+import os
 import sys
 
 MODULES = {"wan": "wan_train_network", "hv": "hv_train_network", "qwen": "qwen_image_train_network"}
@@ -23,3 +31,95 @@ def launcher() -> None:
             sys.exit(status)
 
     module.main = ours
+
+
+def frozen_model_on_cpu() -> None:
+    """With several CPU processes accelerate wraps a model that trains nothing, which torch refuses; on GPUs it does not."""
+    from accelerate import Accelerator
+
+    prepare = Accelerator.prepare_model
+
+    def prepare_model(self, model, *rest, **named):
+        trains = any(parameter.requires_grad for parameter in model.parameters())
+        return prepare(self, model, *rest, **named) if trains else model
+
+    Accelerator.prepare_model = prepare_model
+
+
+def name_items() -> None:
+    """Batches carry the names of their items."""
+    from musubi_tuner.dataset.bucket import BucketBatchManager
+
+    load = BucketBatchManager.__getitem__
+
+    def load_and_name(self, index):
+        batch = load(self, index)
+        bucket, number = self.bucket_batch_indices[index]
+        items = self.buckets[bucket][number * self.batch_size : (number + 1) * self.batch_size]
+        batch["item_keys"] = [os.path.basename(item.latent_cache_path) for item in items]
+        batch["item_paths"] = [item.item_key for item in items]
+        batch["bucket"] = list(bucket[:2])
+        return batch
+
+    BucketBatchManager.__getitem__ = load_and_name
+
+
+def fixed_noise() -> None:
+    """Noise and timestep of an item depend on its name alone."""
+    import torch
+    from musubi_tuner.training.trainer_base import NetworkTrainer
+
+    name_items()
+    process = NetworkTrainer.process_batch
+
+    def process_batch(self, args, accelerator, transformer, network, batch, latents, noise, *rest):
+        seeds = [int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in batch["item_keys"]]
+        planes = [torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        batch["timesteps"] = [0.2 + 0.6 * (seed % 1000) / 1000 for seed in seeds]
+        return process(
+            self, args, accelerator, transformer, network, batch, latents, torch.stack(planes).to(noise), *rest
+        )
+
+    NetworkTrainer.process_batch = process_batch
+
+
+def observe() -> None:
+    """Compares the weights at the loss with the trainer's own resize of the mask file, and looks at the gradient outside."""
+    import numpy as np
+    import torch
+    from musubi_tuner.dataset.media_utils import resize_image_to_bucket
+    from PIL import Image
+
+    from masked_loss_triton.integration.musubi.training import MaskedTraining
+
+    name_items()
+    begin, loss = MaskedTraining.begin, MaskedTraining.loss
+    masks = os.environ["LAB_MASKS"]
+
+    def expected(path: str, bucket: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        mask = resize_image_to_bucket(Image.open(os.path.join(masks, f"{stem}.png")).convert("L"), tuple(bucket))
+        pixels = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None] / 255
+        return torch.nn.functional.interpolate(pixels, size=shape[-2:], mode="area")[0, :, None].expand(shape)
+
+    def begin_and_keep(self, args, accelerator, transformer, batch, timesteps):
+        step = begin(self, args, accelerator, transformer, batch, timesteps)
+        files = [expected(path, batch["bucket"], step.mask.shape[1:]) for path in batch["item_paths"]]
+        self.seen = {"weight_error": float((step.mask.float().cpu() - torch.stack(files)).abs().max())}
+        return step
+
+    def loss_and_look(self, pred, target, step, *rest):
+        value = loss(self, pred, target, step, *rest)
+        gradient = torch.autograd.grad(value, pred, retain_graph=True)[0]
+        outside = (step.mask == 0).expand_as(gradient)
+        self.seen.update(
+            outside=float(gradient[outside].abs().max()) if outside.any() else None,
+            inside=float(gradient[~outside].abs().max()),
+            shapes=[list(pred.shape), list(step.mask.shape)],
+            dtypes=[str(pred.dtype), str(target.dtype), str(step.mask.dtype)],
+        )
+        with open(os.environ["LAB_OBSERVE"], "a") as file:
+            file.write(json.dumps(self.seen) + "\n")
+        return value
+
+    MaskedTraining.begin, MaskedTraining.loss = begin_and_keep, loss_and_look
