@@ -114,7 +114,7 @@ class Florence2Detector:
         logits = self.model(**inputs, decoder_input_ids=sequences[:, :-1]).logits.float()
         ids = torch.tensor(list(self.locations), device=logits.device)
         near = torch.nn.functional.pad((logits.log_softmax(-1)[..., ids]).exp(), (SURE + 1, SURE)).cumsum(-1)
-        mass = near[..., 2 * SURE + 1 :] - near[..., : BINS]
+        mass = near[..., 2 * SURE + 1 :] - near[..., :BINS]
         bins = torch.full((logits.shape[-1],), 0, device=logits.device)
         bins[ids] = torch.arange(BINS, device=logits.device)
         chosen = mass.gather(-1, bins[sequences[:, 1:]][..., None])[..., 0]

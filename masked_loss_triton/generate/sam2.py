@@ -99,9 +99,7 @@ class Sam2Segmenter:
             if self.video is None:
                 self.video = self._load("Sam2VideoModel", "Sam2VideoProcessor")
             model, processor = self.video
-            session = processor.init_video_session(
-                video=list(frames), inference_device=model.device, dtype=model.dtype
-            )
+            session = processor.init_video_session(video=list(frames), inference_device=model.device, dtype=model.dtype)
             processor.add_inputs_to_inference_session(
                 session, frame_idx=0, obj_ids=list(range(len(masks))), input_masks=list(masks)
             )

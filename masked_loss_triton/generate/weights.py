@@ -103,5 +103,6 @@ def _absent(name: str, flag: str, error: OSError) -> UserError:
     if os.path.isdir(name):
         return UserError(f"{flag} {name} has no complete model in it ({' '.join(str(error).split())[:200]})", 2)
     return UserError(
-        f"the weights of {name} are not on this machine: run `hf download {name}`, or give a folder with {flag} FOLDER", 2
+        f"the weights of {name} are not on this machine: run `hf download {name}`, or give a folder with {flag} FOLDER",
+        2,
     )

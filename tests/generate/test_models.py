@@ -90,7 +90,9 @@ def test_answers_are_read_as_the_processor_reads_them(models, task, answer, boxe
     sure = np.linspace(0.1, 0.9, len(tokens)).tolist()
     found = list(detector.parse(tokens, sure, (1000, 500)))
     assert len(found) == boxes
-    whole = detector.processor.post_process_generation(answer, task=detector.task, image_size=(1000, 500))[detector.task]
+    whole = detector.processor.post_process_generation(answer, task=detector.task, image_size=(1000, 500))[
+        detector.task
+    ]
     expected = {tuple(box) for box in whole["bboxes"] if box[2] > box[0] and box[3] > box[1]}
     if "poly" in answer:
         expected = {(100, 100, 300, 250)}
@@ -172,8 +174,7 @@ def test_the_command_makes_layers_from_two_prompts(tmp_path, models, model_flags
     (tmp_path / "in" / "deep").mkdir(parents=True)
     Image.fromarray(red_picture()).save(tmp_path / "in" / "red.png")
     Image.fromarray(blue_picture()).save(tmp_path / "in" / "deep" / "blue.webp", lossless=True)
-    Image.fromarray(np.full((30, 30, 3), 128, np.uint8)).save(tmp_path / "in" / "z.png")
-    assert generate(tmp_path, *model_flags, "--text_prompt", "red", "blue=0.5", "--min_score", "0.6") == 0
+    assert generate(tmp_path, *model_flags, "--text_prompt", "red", "blue=0.5") == 0
     said = capsys.readouterr().out
     red, blue = Image.open(tmp_path / "out" / "red.png"), Image.open(tmp_path / "out" / "deep" / "blue.png")
     segmenter = sam2.load(arguments(models), OPTIONS)
@@ -181,12 +182,28 @@ def test_the_command_makes_layers_from_two_prompts(tmp_path, models, model_flags
     expected = segmenter.segment([red_picture()], [box])[0][0].mask * np.uint8(255)
     assert np.array_equal(np.array(red), expected)
     assert set(np.unique(np.array(blue))) == {0, 128}
-    assert "2 masks written, 1 without a detection, 0 problems" in said
-    assert f"Nothing found: {tmp_path / 'in' / 'z.png'}" in said
-    assert not (tmp_path / "out" / "z.png").exists()
+    assert "2 masks written, 0 without a detection, 0 problems" in said
     assert (tmp_path / "out_sheet.png").exists()
     assert (tmp_path / "out_sheet.html").exists()
-    assert generate(tmp_path, *model_flags, "--text_prompt", "red", "blue=0.5", "--min_score", "0.6", "--strict") == 1
+
+
+def test_a_picture_without_the_thing_is_listed_and_its_old_mask_goes(tmp_path, model_flags, capsys):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(red_picture()).save(tmp_path / "in" / "red.png")
+    Image.fromarray(blue_picture()).save(tmp_path / "in" / "blue.png")
+    (tmp_path / "out").mkdir()
+    Image.new("L", (80, 48), 255).save(tmp_path / "out" / "red.png")
+    flags = [*model_flags, "--text_prompt", "blue", "--overwrite"]
+    assert generate(tmp_path, *flags) == 0
+    said = capsys.readouterr().out
+    assert "1 masks written, 1 without a detection, 0 problems" in said
+    assert f"Nothing found: {tmp_path / 'in' / 'red.png'}" in said
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["blue.png"]
+    assert generate(tmp_path, *flags, "--strict") == 1
+    assert generate(tmp_path, *flags, "--no_detection", "black") == 0
+    assert np.array(Image.open(tmp_path / "out" / "red.png")).max() == 0
+    # The substitute is there now and is not made again, and still counts as nothing found.
+    assert generate(tmp_path, *flags[:-1], "--no_detection", "black", "--strict") == 1
 
 
 def test_a_clip_is_followed_from_its_key_frames(tmp_path, model_flags):
