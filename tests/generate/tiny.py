@@ -104,8 +104,13 @@ def learn(model, processor, lessons, steps: int) -> None:
 
 def sam2(folder: Path) -> Path:
     """A SAM 2 of 64 x 64 pixels. Saved as the video model, like Meta's repositories, which serve pictures as well."""
-    from transformers import Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
-    from transformers import Sam2VideoVideoProcessor
+    from transformers import (
+        Sam2ImageProcessor,
+        Sam2VideoConfig,
+        Sam2VideoModel,
+        Sam2VideoProcessor,
+        Sam2VideoVideoProcessor,
+    )
 
     side = 64
     backbone = {
