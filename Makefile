@@ -22,7 +22,7 @@ bench: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,cache,test,lint,bench]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,cache,generate,test,lint,bench]'
 	touch $@
 
 clean:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A missing extra is the user's to mend; a missing module of this package is a bug.
         if args.debug or (error.name or "").startswith("masked_loss_triton"):
             raise
-        extra = "demo" if args.command == "demo" else "cache"
+        extra = args.command if args.command in ("demo", "generate") else "cache"
         print(
             f"masked-loss {args.command}: needs the package {error.name!r}: pip install 'masked_loss_triton[{extra}]'",
             file=sys.stderr,

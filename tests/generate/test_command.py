@@ -1,0 +1,304 @@
+"""The command on folders of pictures: names, orientation, resuming, problems, the summary, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from masked_loss_triton.generate import grabcut
+from tests.generate.support import contents, generate, subject, write_clip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    return tmp_path
+
+
+def save(path, seed=0, **options):
+    picture, mask = subject(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, **options)
+    return mask
+
+
+def iou(first, second):
+    return (first & second).sum() / (first | second).sum()
+
+
+@pytest.mark.parametrize(
+    "extension", ["png", "jpg", "JPEG", "webp", "bmp", "tif", "tiff", "gif", "tga", "ppm", "jp2", "avif"]
+)
+def test_every_format_gets_a_lossless_png_beside_its_sub_folder(folder, extension):
+    if extension == "avif" and ".avif" not in Image.registered_extensions():
+        pytest.skip("this Pillow has no AVIF")
+    mask = save(folder / "in" / "a" / "b.c" / f"x.y.{extension}")
+    assert generate(folder) == 0
+    (name,) = contents(folder / "out")
+    assert name == "a/b.c/x.y.png"
+    image = Image.open(folder / "out" / name)
+    assert (image.format, image.mode, image.size) == ("PNG", "L", (96, 64))
+    assert set(np.unique(np.array(image))) == {0, 255}
+    assert iou(np.array(image) > 0, mask) > 0.9
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_lies_on_the_stored_pixels_and_turns_with_the_picture(folder, orientation):
+    upright, _ = subject(3)
+    turn = {2: 0, 3: 1, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # any turn will do: what is stored is what EXIF undoes
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(upright)
+    if orientation != 1:
+        stored = stored.transpose(Image.Transpose(turn[orientation]))
+    stored.save(folder / "in" / "x.png", exif=exif)
+    assert generate(folder) == 0
+    mask = Image.open(folder / "out" / "x.png")
+    assert mask.size == stored.size
+    bright = np.array(stored)[..., 0] > 128
+    assert iou(np.array(mask) > 0, bright) > 0.9
+    # A program that turns pictures upright turns the mask with its picture.
+    both = [np.array(ImageOps.exif_transpose(Image.open(folder / name / "x.png"))) for name in ("in", "out")]
+    assert iou(both[1] > 0, both[0][..., 0] > 128) > 0.9
+
+
+def test_what_is_there_is_kept_and_overwrite_makes_it_again(folder, capsys):
+    for seed in range(3):
+        save(folder / "in" / f"p{seed}.png", seed)
+    (folder / "out").mkdir()
+    Image.new("L", (96, 64), 77).save(folder / "out" / "p1.webp", lossless=True)
+    by_hand = (folder / "out" / "p1.webp").read_bytes()
+    assert generate(folder) == 0
+    assert "2 masks written, 1 already there" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
+    assert sorted(path.name for path in before) == ["p0.png", "p1.webp", "p2.png"]
+    assert generate(folder, "--padding", "2") == 0
+    said = capsys.readouterr().out
+    assert "0 masks written, 3 already there" in said
+    assert "2 of those already there were made with other settings" in said
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
+    assert generate(folder, "--padding", "2", "--overwrite") == 0
+    assert "3 masks written, 0 without" in capsys.readouterr().out
+    assert (folder / "out" / "p1.webp").read_bytes() == by_hand
+    assert generate(folder, "--padding", "2") == 0
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_problems_are_told_and_the_others_are_done(folder, capsys):
+    save(folder / "in" / "good.png")
+    (folder / "in" / "broken.png").write_bytes((folder / "in" / "good.png").read_bytes()[:500])
+    (folder / "in" / "empty.jpg").write_bytes(b"")
+    (folder / "in" / "bad.mp4").write_bytes(b"no video")
+    save(folder / "in" / "good.bmp")
+    save(folder / "in" / "walk" / "0.png")
+    write_clip(folder / "in" / "walk.mp4", [subject(0)[0]] * 2)
+    assert generate(folder) == 1
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    for text in (
+        "broken.png",
+        "empty.jpg is empty",
+        "bad.mp4",
+        "good.png has the same stem as good.bmp",
+        "walk.mp4: its fr",
+    ):
+        assert sum(text in line for line in lines) == 1, text
+    assert "2 masks written, 0 without a detection, 5 problems" in said.out
+    assert sorted(contents(folder / "out")) == ["good.png", "walk/0.png"]
+
+
+def test_an_unexpected_error_is_a_problem_of_its_picture(folder, capsys, monkeypatch):
+    for seed in range(5):
+        save(folder / "in" / f"p{seed}.png", seed)
+    real = grabcut.cut_out_box
+    bad = subject(2)[0]
+
+    def sometimes(picture, box):
+        if np.array_equal(picture, bad):
+            raise RuntimeError("CUDA out of memory")
+        return real(picture, box)
+
+    monkeypatch.setattr(grabcut, "cut_out_box", sometimes)
+    assert generate(folder, "--batch_size", "3") == 1
+    said = capsys.readouterr()
+    assert "4 masks written, 0 without a detection, 1 problems" in said.out
+    assert "p2.png: RuntimeError: CUDA out of memory (--debug shows where)" in said.err
+    assert sorted(contents(folder / "out")) == ["p0.png", "p1.png", "p3.png", "p4.png"]
+
+
+def test_nothing_of_the_wanted_size_is_listed(folder, capsys):
+    save(folder / "in" / "a.png")
+    assert generate(folder, "--min_size", "0.9") == 0
+    assert f"Nothing found: {folder / 'in' / 'a.png'}" in capsys.readouterr().out
+    assert not contents_or_none(folder)
+    assert generate(folder, "--min_size", "0.9", "--strict") == 1
+    assert generate(folder, "--min_size", "0.9", "--no_detection", "white") == 0
+    assert np.array(Image.open(folder / "out" / "a.png")).min() == 255
+
+
+def test_a_mask_says_what_it_was_made_with(folder):
+    save(folder / "in" / "a.png")
+    assert generate(folder, "--reference_box", "0.1", "0.2", "0.9", "0.8", "--text_prompt", "subject=0.5") == 0
+    image = Image.open(folder / "out" / "a.png")
+    assert set(np.unique(np.array(image))) == {0, 128}
+    note = json.loads(image.info["masked_loss_triton"])
+    assert note["backend"] == "grabcut"
+    assert note["text_prompt"] == ["subject=0.5"]
+    assert note["found"] == [{"words": "subject", "box": [10, 13, 86, 51], "score": 1.0, "mask_score": 1.0}]
+    assert not any(str(folder) in str(value) for value in note.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--text_prompt", "a", "b"], "reads no words"),
+        (["--exclude_prompt", "a"], "reads no words"),
+        (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--backend", "yolo"], "--backend yolo: write DETECTOR+SEGMENTER"),
+        (["--backend", "florence2+sam2"], "say what to look for"),
+    ],
+)
+def test_mistakes_are_one_line(folder, capsys, flags, text):
+    from masked_loss_triton.cli import main
+
+    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    assert main(["generate", *paths, "--backend", "grabcut", *flags]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_bad_folders_are_one_line(folder, capsys):
+    assert generate(folder) == 2
+    assert "has no pictures or clips in it" in capsys.readouterr().err
+    assert generate(folder, source="nowhere") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert generate(folder, out="in") == 2
+    assert "must be two folders" in capsys.readouterr().err
+
+
+def test_masks_among_the_pictures_are_no_pictures(folder):
+    save(folder / "in" / "a.png")
+    assert generate(folder, out="in/masks") == 0
+    assert generate(folder, out="in/masks") == 0
+    assert sorted(contents(folder / "in")) == ["a.png", "masks/a.png"]
+
+
+def test_the_contact_sheet_shows_everything(folder, capsys):
+    for seed in range(3):
+        save(folder / "in" / f"p{seed}.png", seed)
+    write_clip(folder / "in" / "clip.mp4", [subject(s)[0] for s in range(4)])
+    assert generate(folder, "--sheet_limit", "3", "--sheet", folder / "look" / "here") == 0
+    assert "show 3 of 4" in capsys.readouterr().out
+    page = (folder / "look" / "here.html").read_text()
+    assert page.count("<img") == 3
+    assert "subject x1" in page
+    with Image.open(folder / "look" / "here.png") as sheet:
+        assert sheet.size[0] > 500
+    assert "sheet" not in " ".join(contents(folder / "out"))
+
+
+RUN = "import sys; from masked_loss_triton.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_killed_and_resumed_gives_the_same_files(folder):
+    for seed in range(30):
+        save(folder / "in" / f"p{seed:02d}.png", seed)
+    for number in range(3):
+        write_clip(folder / "in" / f"clip{number}.mp4", [subject(s)[0] for s in range(12)])
+    assert generate(folder, out="whole", source="in") == 0
+    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    command = [sys.executable, "-c", RUN, "generate", *paths, "--backend", "grabcut", "--sheet_limit", "0"]
+    kills, partial = 0, False
+    for wait in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while (
+            process.poll() is None and not list(folder.glob("out/**/.*masktmp")) and len(contents_or_none(folder)) < 5
+        ):
+            time.sleep(0.01)
+        time.sleep(wait)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = {name for name in contents_or_none(folder) if "masktmp" not in name}
+        partial |= 0 < len(done) < 30 + 36
+        for name in done:  # what has its name is whole
+            assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert kills
+    assert partial, "no run was killed on its way: the test has shown nothing"
+    assert generate(folder) == 0
+    assert contents(folder / "out") == contents(folder / "whole")
+
+
+def contents_or_none(folder):
+    return contents(folder / "out") if (folder / "out").exists() else {}
+
+
+def test_a_folder_of_frames_is_whole_or_not_there(folder, monkeypatch):
+    """Killed while the frames are written: nothing under the name of the clip; the next run clears up and does it."""
+    from masked_loss_triton.generate import writing
+
+    write_clip(folder / "in" / "clip.mp4", [subject(s)[0] for s in range(6)])
+    code = f"""
+import os, signal, sys
+from masked_loss_triton.generate import writing
+save, count = writing._save, 0
+def some(*args):
+    global count
+    count += 1
+    if count == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(*args)
+writing._save = some
+from masked_loss_triton.cli import main
+main(["generate", "--input_dir", {str(folder / "in")!r}, "--output_dir", {str(folder / "out")!r}, "--backend", "grabcut"])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (left,) = (folder / "out").iterdir()
+    assert left.name.endswith(".masktmp")
+    assert len(list(left.iterdir())) == 4
+    assert generate(folder) == 0
+    assert [path.name for path in (folder / "out").iterdir()] == ["clip"]
+    assert len(list((folder / "out" / "clip").iterdir())) == 6
+    assert writing.read_note(folder / "out" / "clip")["backend"] == "grabcut"
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_1000_pictures(folder):
+    """In a process of its own: its peak after 100 pictures and after 1,000."""
+    for seed in range(10):
+        save(folder / "in" / f"p{seed}.png", seed)
+    for copy in range(10, 1000):
+        os.link(folder / "in" / f"p{copy % 10}.png", folder / "in" / f"p{copy}.png")
+    code = """
+import resource, sys
+from masked_loss_triton.cli import main
+from masked_loss_triton.generate import work
+run, done, peaks = work.Worker.run, 0, []
+def counted(self, batch):
+    global done
+    outcomes = run(self, batch)
+    done += len(batch)
+    peaks.append((done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    return outcomes
+work.Worker.run = counted
+assert main(["generate", *sys.argv[1:], "--backend", "grabcut", "--sheet_limit", "0"]) == 0
+early = max(peak for done, peak in peaks if done <= 100)
+print("PEAKS", early, peaks[-1][1], peaks[-1][0])
+"""
+    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    early, late, done = map(int, result.stdout.split("PEAKS")[1].split())
+    assert done == 1000
+    assert len(list((folder / "out").iterdir())) == 1000
+    # One picture is 18 KiB and its mask 6: 900 of them kept would be 21 MiB.
+    assert (late - early) / 1024 < 12, f"peak {early // 1024} MiB after 100 pictures, {late // 1024} MiB after 1,000"
