@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
 from masked_loss_triton.generate.backends import Box, Cutout
@@ -65,6 +64,8 @@ def cut_out_box(picture: np.ndarray, box: Box) -> np.ndarray:
     Returns:
         (H, W) bool. A box of the whole picture leaves no outside to compare with: all of it.
     """
+    import cv2
+
     small, scale = _small(picture)
     labels = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
     left, top, right, bottom = (round(edge * scale) for edge in box)
@@ -75,6 +76,8 @@ def cut_out_box(picture: np.ndarray, box: Box) -> np.ndarray:
 
 
 def _move(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import cv2
+
     small, _ = _small(frame)
     before = cv2.resize(mask.astype(np.uint8), (small.shape[1], small.shape[0]), interpolation=cv2.INTER_AREA)
     if not before.any():
@@ -88,17 +91,23 @@ def _move(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _small(picture: np.ndarray) -> tuple[np.ndarray, float]:
+    import cv2
+
     scale = min(1.0, SIDE / max(picture.shape[:2]))
     size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA), scale
 
 
 def _enlarge(found: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    import cv2
+
     size = (picture.shape[1], picture.shape[0])
     return cv2.resize(found.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
 
 
 def _grab(small: np.ndarray, labels: np.ndarray, rounds: int) -> np.ndarray:
+    import cv2
+
     sure_or_probable = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
     # It needs both kinds: in a picture of a few pixels the margin can round to nothing.
     if sure_or_probable.any() and not sure_or_probable.all():
@@ -111,6 +120,8 @@ def _grab(small: np.ndarray, labels: np.ndarray, rounds: int) -> np.ndarray:
 
 def _tidied(found: np.ndarray) -> np.ndarray:
     """Closes gaps, removes specks and parts below a tenth of the largest, and fills holes; uint8 0 or 1."""
+    import cv2
+
     found = cv2.morphologyEx(found, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9)))
     found = cv2.morphologyEx(found, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
     outlines, _ = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
