@@ -46,6 +46,16 @@ def frozen_model_on_cpu() -> None:
     Accelerator.prepare_model = prepare_model
 
 
+def blissful_on_cpu() -> None:
+    """blissful-tuner describes the GPU when it starts, and fails where there is none; what it does to --seed stays."""
+    import musubi_tuner.hv_train_network as base
+
+    def without_a_description(args):
+        args.seed = int(args.seed)
+
+    base.blissful_prefunc = without_a_description
+
+
 def name_items() -> None:
     """Batches carry the names of their items."""
     from musubi_tuner.dataset.bucket import BucketBatchManager

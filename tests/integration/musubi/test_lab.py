@@ -307,3 +307,45 @@ def test_numbers_reach_the_trainers_own_log(laboratory, tmp_path):
     ):
         assert total == pytest.approx(target + prior, rel=1e-5)
     assert read["mask/applied_rate"] == [1.0] * 4
+
+
+INLINE = {"blissful-tuner": ("BLISSFUL_REPO", "blissful_on_cpu"), "musubi-tuner 0.2": ("MUSUBI_02_REPO", "")}
+
+
+@pytest.mark.parametrize("trainer", INLINE)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["launcher", "network module"])
+def test_trainers_whose_loss_is_no_method(laboratory, trainer, family, way):
+    """A white mask is the stock run, and masks with a prior, huber and a weighting give the losses of the newer trainer."""
+    variable, hook = INLINE[trainer]
+    repo = os.environ.get(variable)
+    if not repo:
+        pytest.skip(f"needs a checkout of {trainer} in {variable}")
+    module = {"wan": "musubi_lora_wan", "hv": "musubi_lora_hv", "qwen": "musubi_lora_qwen"}[family]
+    switched = ["--network_module", f"masked_loss_triton.integration.{module}"]
+    launcher = f"{hook},launcher" if way == "launcher" else hook
+    # WAN of blissful-tuner takes no batch of two without a GPU.
+    given = {"steps": 3, "batch_size": 1, "MUSUBI_REPO": repo}
+    white = laboratory.cache(family, "white")
+    stock = laboratory.train(family, white, hooks=hook, **given)
+    on = ["--use_mask_loss"] if way == "launcher" else switched
+    masked = laboratory.train(family, white, *on, hooks=launcher, **given)
+    assert masked.lora == stock.lora
+    assert masked.losses == pytest.approx(stock.losses, rel=1e-6)
+    assert masked.metadata()["ss_use_mask_loss"] == "True"
+    assert "masked_loss_triton" not in masked.metadata()["ss_network_module"]
+
+    if family == "wan" and trainer == "blissful-tuner":
+        return  # its model is another one
+    options = {"inverted_mask_prior": "true", "loss_type": "huber", "mask_min_weight": "0.1"}
+    if way == "launcher":
+        flags = ["--use_mask_loss", "--inverted_mask_prior", "--loss_type", "huber", "--mask_min_weight", "0.1"]
+    else:
+        flags = [*switched, "--network_args", *(f"{name}={value}" for name, value in options.items())]
+    scheme = [] if family == "qwen" else ["--weighting_scheme", "cosmap"]
+    root = laboratory.cache(family, "masks")
+    old = laboratory.train(family, root, *flags, *scheme, hooks=launcher, **given)
+    newer = laboratory.train(
+        family, root, *flags, *scheme, steps=3, batch_size=1, hooks="launcher" if way == "launcher" else ""
+    )
+    assert old.losses == pytest.approx(newer.losses, rel=1e-3)
