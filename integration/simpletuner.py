@@ -1,58 +1,113 @@
-"""SimpleTuner: the masked loss in place of a model's own.
+"""SimpleTuner: exact weights for its `mask` and `segmentation` datasets, videos included. In a script of your own:
 
-In the trainer, `ModelFoundation.loss(self, prepared_batch, model_output, apply_conditioning_mask=True)` (models/common.py:6217)
-finds the mask in prepared_batch["conditioning_pixel_values"], (B, 3, H, W) in [-1, 1], when prepared_batch["loss_mask_type"] is
-"mask" or "segmentation". To switch it on, before the trainer starts:
-
+    from masked_loss_triton import MaskedLossConfig
     from masked_loss_triton.integration import simpletuner
-    ModelFoundation.loss = simpletuner.wrap(ModelFoundation.loss, MaskedLossConfig.preset("blissful"))
+    simpletuner.install(MaskedLossConfig(min_weight=0.05))
 
-Models with a loss of their own (Sana, LTX2, Cosmos, flux, sd3, qwen_image) need the same line for their own class. The trainer's
-`masked_loss_probability` is not read here.
+    import runpy
+    runpy.run_module("simpletuner.train", run_name="__main__")
 
-A batch without a mask keeps the trainer's own loss. The trainer's SNR weighting applies to its own loss only.
+The trainer multiplies by its mask inside `ModelFoundation.loss` (models/common.py). That function is called as before, with the
+config's weights in place of the mask picture, so its loss types, SNR weights and schedules stay. What changes: the config
+normalises; one mask covers all frames of a clip, which is an error in the trainer; a mask that comes with a reference picture is
+used in place of that picture; grey values of a segmentation count as they are, unless `binarize` is set (the trainer's "above 0"
+grows a mask by up to a latent cell). `masked_loss_probability` decides per batch about segmentations, as in the trainer.
+
+Models with a loss of their own (Sana, LTX2, Cosmos, ...) are given by class: `install(config, Sana)`.
 """
 
 from __future__ import annotations
 
+import importlib
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton import MaskedLossConfig
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.integration import seams, unreduced
+
+TESTED = "SimpleTuner of 2026-08 (bc8e6ab)"
+PARAMETERS = ("self", "prepared_batch", "model_output", "apply_conditioning_mask")
+KINDS = ("mask", "segmentation")
+OURS = "masked_loss_pixels"  # our key in the trainer's batch
+
+
+def kind_of(prepared_batch: dict[str, Any]) -> str | None:
+    """ "mask", "segmentation" or None. Older batches have it in `conditioning_type`."""
+    kind = prepared_batch.get("loss_mask_type") or prepared_batch.get("conditioning_type")
+    return kind if kind in KINDS else None
 
 
 def mask_of(prepared_batch: dict[str, Any]) -> torch.Tensor | None:
-    """(B, 1, H, W) in [0, 1], or None where the batch has no mask: the red channel of a mask, the mean of a segmentation."""
-    kind = prepared_batch.get("loss_mask_type")
-    pixels = prepared_batch.get("conditioning_pixel_values")
-    if kind not in ("mask", "segmentation") or pixels is None:
+    """(B, 1, H, W) in [0, 1], or None where the batch has no mask: the red channel of a mask, the mean of a segmentation.
+
+    Raises:
+        UserError: for anything but one picture for each sample.
+    """
+    kind = kind_of(prepared_batch)
+    pixels = prepared_batch.get(OURS)
+    if pixels is None:
+        pixels = prepared_batch.get("conditioning_pixel_values")
+    if kind is None or pixels is None:
         return None
     if isinstance(pixels, (list, tuple)):
         if not pixels:
             return None
-        # With a reference picture in the same batch the mask comes last; the trainer's own loss takes the first.
-        pixels = pixels[-1]
+        pixels = pixels[-1]  # reference pictures come first
     if pixels.dim() != 4:
-        raise ValueError(
+        raise UserError(
             f"conditioning_pixel_values must be one picture per sample, (B, 3, H, W), got {tuple(pixels.shape)}"
         )
     channel = pixels[:, :1] if kind == "mask" else pixels.mean(dim=1, keepdim=True)
     return channel.float() / 2 + 0.5
 
 
+def install(config: MaskedLossConfig, *models: type) -> None:
+    """Puts the config's weights in place of the trainer's masks, in `ModelFoundation` and in `models`.
+
+    Raises:
+        UserError: for a version whose functions are others, or an option that would do nothing.
+    """
+    unreduced.check_config(config, "SimpleTuner")
+    foundation = importlib.import_module("simpletuner.helpers.models.common").ModelFoundation
+    for owner in (foundation, *models):
+        seams.replace(owner, "loss", PARAMETERS, TESTED, lambda original: wrap(original, config))
+    seams.replace(foundation, "prepare_batch_conditions", ("self", "batch", "state"), TESTED, _keep_the_mask)
+
+
+def _keep_the_mask(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The trainer goes on with the first of several pictures, which is the reference and not the mask."""
+
+    def prepare_batch_conditions(self: Any, batch: dict[str, Any], state: dict[str, Any]) -> Any:
+        pixels = batch.get("conditioning_pixel_values")
+        if kind_of(batch) and isinstance(pixels, (list, tuple)) and len(pixels) > 1:
+            batch[OURS] = pixels[-1]
+        return original(self, batch, state)
+
+    return prepare_batch_conditions
+
+
 def wrap(original: Callable[..., torch.Tensor], config: MaskedLossConfig) -> Callable[..., torch.Tensor]:
-    """A `ModelFoundation.loss` that masks where there is a mask, and calls the original where there is none."""
+    """A `ModelFoundation.loss` with the config's weights where there is a mask, and the original where there is none."""
 
     def loss(
         self: Any, prepared_batch: dict[str, Any], model_output: dict[str, Any], apply_conditioning_mask: bool = True
     ) -> torch.Tensor:
-        mask = mask_of(prepared_batch) if apply_conditioning_mask else None
+        # A model's own loss may call the one of its base class: the mask is in place already.
+        if not apply_conditioning_mask or prepared_batch.get(OURS) is False:
+            return original(self, prepared_batch, model_output, apply_conditioning_mask)
+        mask = mask_of(prepared_batch)
         if mask is None:
             return original(self, prepared_batch, model_output, apply_conditioning_mask)
+        if kind_of(prepared_batch) == "segmentation" and random.random() >= self.config.masked_loss_probability:
+            return original(self, prepared_batch, model_output, False)
         pred = model_output["model_prediction"]
-        target = self.get_prediction_target(prepared_batch)
-        return masked_loss(pred, target.to(pred.device), mask.to(pred.device), config)
+        weights = unreduced.factors(pred, mask.to(pred.device), config)[0]
+        # As a picture in [-1, 1] of the size of the loss, which the trainer turns back into these weights. 0 stays exactly 0.
+        masked = {"loss_mask_type": "mask", "conditioning_pixel_values": weights * 2 - 1, OURS: False}
+        return original(self, {**prepared_batch, **masked}, model_output, True)
 
     return loss
