@@ -38,7 +38,7 @@ def tokenizer(folder: Path):
     for token in SPECIAL:
         special += [token.format(i) for i in range(1000)] if "{" in token else [token]
     result = BartTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": "<image>"})
-    result.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
+    result.add_tokens(special, special_tokens=True)
     return result
 
 
@@ -89,11 +89,14 @@ def learn(model, processor, lessons, steps: int) -> None:
     inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
     labels = processor.tokenizer([f"<s>{one}</s>" for one in answers], padding=True, add_special_tokens=False)
     labels = torch.tensor(labels["input_ids"])
-    labels[labels == processor.tokenizer.pad_token_id] = -100
+    start = torch.full((len(labels), 1), model.config.text_config.decoder_start_token_id)
+    inputs["decoder_input_ids"] = torch.cat([start, labels[:, :-1]], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
     for _ in range(steps):
-        loss = model(**inputs, labels=labels).loss
+        logits = model(**inputs).logits
+        padding = processor.tokenizer.pad_token_id
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=padding)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,13 +107,8 @@ def learn(model, processor, lessons, steps: int) -> None:
 
 def sam2(folder: Path) -> Path:
     """A SAM 2 of 64 x 64 pixels. Saved as the video model, like Meta's repositories, which serve pictures as well."""
-    from transformers import (
-        Sam2ImageProcessor,
-        Sam2VideoConfig,
-        Sam2VideoModel,
-        Sam2VideoProcessor,
-        Sam2VideoVideoProcessor,
-    )
+    import transformers
+    from transformers import Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
 
     side = 64
     backbone = {
@@ -150,10 +148,12 @@ def sam2(folder: Path) -> Path:
     )
     torch.manual_seed(7)
     Sam2VideoModel(config).save_pretrained(folder)
+    # Until transformers 4 it had this name.
+    pixels = getattr(transformers, "Sam2ImageProcessor", None) or transformers.Sam2ImageProcessorFast
     size = {"height": side, "width": side}
     mask_size = {"height": side // 4, "width": side // 4}
     Sam2VideoProcessor(
-        image_processor=Sam2ImageProcessor(size=size, mask_size=mask_size),
+        image_processor=pixels(size=size, mask_size=mask_size),
         video_processor=Sam2VideoVideoProcessor(size=size),
         target_size=side,
     ).save_pretrained(folder)
