@@ -1,10 +1,15 @@
 """OneTrainer: right weights for its masked training. In a script beside scripts/train.py, for instance scripts/train_masked.py:
 
+    from util.import_util import script_imports
+    script_imports()  # as every script of the trainer begins
+
     from masked_loss_triton.integration import onetrainer
     onetrainer.install()
 
     import runpy
     runpy.run_path("scripts/train.py", run_name="__main__")
+
+and `python scripts/train_masked.py` with the trainer's own flags.
 
 Without a config the trainer's own settings hold (Unmasked Weight, Normalize Masked Area Loss, Masked Prior Preservation Weight),
 computed as they are meant: videos are normalised over the whole mask and not per column, and a picture without mask with
