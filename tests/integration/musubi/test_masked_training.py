@@ -1,0 +1,373 @@
+"""Masked training through the trainer's seams: real models, real caches with masks, both generations of the trainer."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from masked_loss_triton import mask_weights
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.integration.musubi import schedule
+from masked_loss_triton.integration.musubi.teacher import Teacher
+from masked_loss_triton.integration.musubi.training import STATE_FILE, mask_of
+from tests.examples.support import caches
+from tests.integration.musubi import small_trainer
+from tests.integration.musubi.small_trainer import GENERATIONS, InlineTrainer, LoRAModule, trained
+
+FAMILIES = ("wan", "hv", "qwen")
+both = pytest.mark.parametrize("generation", GENERATIONS)
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory):
+    made = {}
+
+    def lab(family: str, masks: str = "disc", stems: str = "abce"):
+        key = (family, masks, stems)
+        if key not in made:
+            made[key] = caches(tmp_path_factory.mktemp("lab"), *key)
+        return made[key]
+
+    return lab
+
+
+@pytest.fixture(autouse=True)
+def _metadata_of_one_run(monkeypatch):
+    monkeypatch.setattr(small_trainer.sai_model_spec, "build_metadata", small_trainer.sai_model_spec.build_metadata)
+
+
+def weights_of(trainer) -> list[torch.Tensor]:
+    return [value.detach() for value in trainer.network.parameters()]
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights_of(one), weights_of(two), strict=True))
+
+
+@both
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", ["none", "cosmap"])
+def test_a_white_mask_is_the_stock_run(labs, generation, family, scheme):
+    lab = labs(family, "white")
+    stock = trained(generation, lab, masked=False, weighting_scheme=scheme)
+    white = trained(generation, lab, "--use_mask_loss", weighting_scheme=scheme)
+    off = trained(generation, lab, weighting_scheme=scheme)
+    assert same(off, stock)
+    assert white.losses == pytest.approx(stock.losses, rel=1e-6)
+    if scheme == "none":
+        assert same(white, stock)
+    else:  # the weighting is multiplied in another order
+        for one, two in zip(weights_of(white), weights_of(stock), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_learned_outside_the_mask(labs, family):
+    trainer = trained("method", labs(family), "--use_mask_loss", max_train_steps=1)
+    step, _ = trainer.output.extra["masked_loss"]
+    outside = (step.mask == 0).expand_as(trainer.output.pred)
+    assert outside.any()
+    assert not trainer.output.pred.grad[outside].any()
+    assert trainer.output.pred.grad[~outside].any()
+
+
+def inline_is_method(labs, *flags, **changes):
+    one = trained("method", labs("hv"), "--use_mask_loss", *flags, **changes)
+    two = trained("inline", labs("hv"), "--use_mask_loss", *flags, **changes)
+    assert two.losses == pytest.approx(one.losses, rel=2e-6)
+    for a, b in zip(weights_of(one), weights_of(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    return one, two
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--loss_type", "huber"],
+        ["--loss_type", "l1", "--inverted_mask_prior"],
+        ["--inverted_mask_prior", "--normalize_per_sample", "--prior_decay_schedule", "cosine"],
+    ],
+)
+def test_the_square_of_the_root_is_the_loss_for_every_type(labs, flags):
+    inline_is_method(labs, *flags, weighting_scheme="cosmap")
+
+
+def test_a_loss_of_0_has_gradient_0_through_its_root(labs):
+    class Exact(InlineTrainer):
+        def predict(self, *given):
+            pred, _ = super().predict(*given)
+            return pred, pred.detach()
+
+    GENERATIONS["exact"] = Exact
+    try:
+        trainer = trained("exact", labs("wan"), "--use_mask_loss", max_train_steps=1)
+    finally:
+        del GENERATIONS["exact"]
+    assert trainer.losses == [0]
+    assert all(not gradient.any() for gradient in trainer.gradients[0])
+
+
+def test_the_adapters_options_reach_the_saved_lora(labs):
+    for generation in GENERATIONS:
+        trainer = trained(generation, labs("wan"), "--use_mask_loss", "--mask_gamma", 0.5, max_train_steps=1)
+        assert trainer.metadata["ss_mask_gamma"] == "0.5"
+        assert trainer.metadata["ss_use_mask_loss"] == "True"
+
+
+def prior_seen(monkeypatch, cls=Teacher):
+    """Collects what happens around each teacher pass."""
+    seen = []
+    inside = cls.in_place
+
+    def watched(self, device):
+        seen.append(self)
+        return inside(self, device)
+
+    monkeypatch.setattr(cls, "in_place", watched)
+    return seen
+
+
+@both
+def test_a_prior_of_weight_0_is_none(labs, generation, monkeypatch):
+    lab = labs("wan")
+    seen = prior_seen(monkeypatch)
+    without = trained(generation, lab, "--use_mask_loss")
+    zero = trained(generation, lab, "--use_mask_loss", "--inverted_mask_prior", "--inverted_mask_prior_weight", 0)
+    assert same(zero, without)
+    assert not seen
+    with_prior = trained(generation, lab, "--use_mask_loss", "--inverted_mask_prior")
+    assert len(seen) == 4
+    assert not same(with_prior, without)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_is_the_model_before_any_adapter(labs, family):
+    trainer = trained("method", labs(family), "--use_mask_loss", "--inverted_mask_prior", learning_rate=1.0)
+    step, _ = trainer.output.extra["masked_loss"]
+    batch = trainer.batches(argument(trainer))[-1]
+    assert not torch.equal(step.prior, trainer.output.pred)
+    for name, layer in trainer.transformer.named_modules():
+        if "forward" in layer.__dict__ and isinstance(layer, torch.nn.Linear):
+            assert layer.forward.__self__.multiplier == 1.0, name
+            del layer.forward
+    torch.manual_seed(0)
+    noise, sigma = torch.randn_like(batch["latents"]), torch.tensor([300.0, 700.0])
+    shape = sigma.reshape(-1, 1, 1, 1, 1) / 1000
+    noisy = (1 - shape) * batch["latents"] + shape * noise
+    bare, _ = trainer.predict(trainer.transformer, batch["latents"], batch, noise, noisy, sigma)
+    for adapter in trainer.masked.teacher.adapters.values():
+        adapter.org_forward.__self__.forward = adapter.forward
+    with trainer.masked.teacher.in_place(torch.device("cpu")):
+        taught, _ = trainer.predict(trainer.transformer, batch["latents"], batch, noise, noisy, sigma)
+    assert torch.equal(taught, bare)
+    assert not taught.requires_grad
+
+
+def argument(trainer):
+    return type("Arguments", (), {"batch_size": 2})()
+
+
+def test_the_moving_average_and_its_return():
+    layer = torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(layer)
+    adapter = LoRAModule("one", layer, 0.0)
+    teacher = Teacher(model, 0.75)
+    first = adapter.lora_up.weight.detach().clone()
+    with torch.no_grad():
+        adapter.lora_up.weight.fill_(4.0)
+    teacher.update()
+    torch.testing.assert_close(teacher.average["one.lora_up.weight"], first * 0.75 + 1.0)
+    student = adapter.lora_up.weight.detach().clone()
+
+    inside = []
+
+    def fails_within(one):
+        with one.in_place(torch.device("cpu")):
+            inside.append((adapter.lora_up.weight.detach().clone(), adapter.multiplier))
+            raise RuntimeError("in the forward")
+
+    for one in (teacher, Teacher(model, None)):
+        with pytest.raises(RuntimeError, match="in the forward"):
+            fails_within(one)
+        assert torch.equal(adapter.lora_up.weight, student)
+        assert adapter.multiplier == 1
+    torch.testing.assert_close(inside[0][0], teacher.average["one.lora_up.weight"])
+    assert inside[1][1] == 0
+    with pytest.raises(UserError, match="another network"):
+        teacher.load({"two": torch.zeros(1)})
+    with pytest.raises(UserError, match="needs an adapter"):
+        Teacher(torch.nn.Linear(2, 2), None)
+
+
+def test_dropout_draws_the_same_numbers_with_and_without_a_teacher(labs):
+    lab = labs("wan")
+    with_teacher = trained("method", lab, "--use_mask_loss", "--inverted_mask_prior", lora_dropout=0.3)
+    without = trained("method", lab, "--use_mask_loss", lora_dropout=0.3)
+    assert not same(with_teacher, without)
+    assert all(torch.equal(a, b) for a, b in zip(with_teacher.draws, without.draws, strict=True))
+
+
+def test_the_teacher_runs_only_where_a_sample_needs_it(labs, monkeypatch):
+    lab = labs("wan")
+    seen = prior_seen(monkeypatch)
+    prior = ["--use_mask_loss", "--inverted_mask_prior"]
+    low, mixed = (lambda batch: [100.0, 150.0]), (lambda batch: [100.0, 900.0])
+    gated = trained("method", lab, *prior, "--prior_timestep_threshold", 200, timesteps=low)
+    assert not seen
+    assert same(gated, trained("method", lab, "--use_mask_loss", timesteps=low))
+    one = trained("method", lab, *prior, "--prior_timestep_threshold", 200, timesteps=mixed, max_train_steps=1)
+    assert len(seen) == 1
+    step, _ = one.output.extra["masked_loss"]
+    assert step.prior_gate.tolist() == [False, True]
+    outside = (step.mask == 0).expand_as(one.output.pred)
+    moved = (one.output.pred.grad * outside).flatten(1).any(1)
+    assert not step.prior.isnan().any()
+    # The adapter starts at 0, where teacher and student agree: no pull yet, so a later step is looked at.
+    later = trained("method", lab, *prior, "--prior_timestep_threshold", 200, timesteps=mixed, learning_rate=1.0)
+    step, _ = later.output.extra["masked_loss"]
+    outside = (step.mask == 0).expand_as(later.output.pred)
+    moved = (later.output.pred.grad * outside).flatten(1).any(1)
+    assert moved.tolist() == [False, True]
+    seen.clear()
+    trained("method", labs("wan", "white"), *prior)
+    assert not seen  # white masks leave no region
+    trained("method", lab, *prior, "--mask_probability", 0)
+    assert not seen
+    trained("method", lab, *prior, "--prior_warmup_ratio", 1.0)
+    assert len(seen) == 3  # all but the first of four steps
+
+
+def test_swapped_blocks_come_back_after_the_teacher_and_before_the_student(labs, monkeypatch):
+    order = []
+    predict = GENERATIONS["method"].predict
+
+    def watched(self, transformer, *rest):
+        transformer.switch_block_swap_for_training = lambda: order.append("restored")
+        order.append("student" if torch.is_grad_enabled() else "teacher")
+        return predict(self, transformer, *rest)
+
+    def with_swapped_blocks(self, args):
+        self.blocks_to_swap = 2
+
+    monkeypatch.setattr(GENERATIONS["method"], "predict", watched)
+    flags = ["--use_mask_loss", "--inverted_mask_prior"]
+    trained("method", labs("wan"), *flags, max_train_steps=1)
+    assert order == ["teacher", "student"]
+    order.clear()
+    monkeypatch.setattr(GENERATIONS["method"], "handle_model_specific_args", with_swapped_blocks)
+    trained("method", labs("wan"), *flags, max_train_steps=1)
+    assert order == ["teacher", "restored", "student"]
+
+
+def test_schedules():
+    timesteps = torch.tensor([0.0, 75.0, 150.0, 300.0, 900.0])
+    assert schedule.decay(timesteps, "constant", 300) is None
+    torch.testing.assert_close(schedule.decay(timesteps, "linear", 300), torch.tensor([0, 0.25, 0.5, 1, 1]))
+    half = 0.5 - 0.5 * np.cos(np.pi / 4)
+    torch.testing.assert_close(
+        schedule.decay(timesteps, "cosine", 300), torch.tensor([0, half, 0.5, 1, 1], dtype=torch.float32)
+    )
+    assert [schedule.warmup(step, 10, 0.4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
+    assert schedule.warmup(0, 10, 0) == 1
+
+
+def test_probability_is_a_function_of_seed_and_step():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    drawn = [schedule.masked_this_time(0.3, 42, step) for step in range(4000)]
+    random.random()
+    torch.rand(1)
+    assert drawn == [schedule.masked_this_time(0.3, 42, step) for step in range(4000)]
+    assert drawn != [schedule.masked_this_time(0.3, 43, step) for step in range(4000)]
+    assert abs(sum(drawn) / 4000 - 0.3) < 0.03
+    random.setstate(before[0])
+    torch.set_rng_state(before[2])
+    schedule.masked_this_time(0.3, 42, 5)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert schedule.masked_this_time(1.0, 1, 1)
+    assert not schedule.masked_this_time(0.0, 1, 1)
+
+
+def test_an_unmasked_batch_is_the_stock_loss(labs):
+    lab = labs("wan")
+    stock = trained("method", lab, masked=False)
+    assert same(trained("method", lab, "--use_mask_loss", "--mask_probability", 0), stock)
+    some = trained("method", lab, "--use_mask_loss", "--mask_probability", 0.5, trackers=[object()], max_train_steps=8)
+    assert some.logs[-1]["mask/applied_rate"] == some.masked.masked / 8
+    assert 0 < some.masked.masked < 8
+
+
+def test_logs_are_read_only_where_somebody_tracks(labs):
+    lab = labs("wan")
+    flags = ["--use_mask_loss", "--inverted_mask_prior"]
+    logged = trained("method", lab, *flags, trackers=[object()])
+    silent = trained("method", lab, *flags)
+    assert same(logged, silent)
+    assert silent.masked.logs() == {}
+    for loss, logs in zip(logged.losses, logged.logs, strict=True):
+        assert logs["mask/target_loss"] + logs["mask/prior_loss"] == pytest.approx(loss, rel=1e-6)
+        assert logs["mask/teacher_rate"] == 1
+    step, _ = logged.output.extra["masked_loss"]
+    w, v = mask_weights(step.mask, logged.masked.config, shape=(2, *step.positions))
+    assert logged.logs[-1]["mask/coverage"] == pytest.approx(float(step.mask.float().mean()), rel=1e-3)
+    assert logged.logs[-1]["mask/target_weight"] == pytest.approx(float(w.mean()), rel=1e-6)
+    assert logged.logs[-1]["mask/prior_weight"] == pytest.approx(float(v.mean()), rel=1e-6)
+
+
+@both
+def test_resumed_is_uninterrupted(labs, generation, tmp_path):
+    lab = labs("wan", "disc", "ab")
+    flags = ["--use_mask_loss", "--inverted_mask_prior", "--prior_teacher", "ema", "--prior_ema_decay", 0.5]
+    flags += ["--mask_probability", 0.6, "--prior_warmup_ratio", 0.5]
+    timesteps, noise = (
+        (lambda batch: [400.0, 800.0]),
+        (lambda batch: torch.linspace(-1, 1, 8192).reshape(2, 16, 1, 16, 16)),
+    )
+    given = {"timesteps": timesteps, "noise": noise, "state": str(tmp_path / "state")}
+    whole = trained(generation, lab, *flags, max_train_steps=8, save_at=3, **given)
+    rest = trained(generation, lab, *flags, max_train_steps=8, resume=given["state"], **given)
+    assert rest.losses[:5] == whole.losses[3:]
+    assert rest.masked.step == whole.masked.step + 3
+    (tmp_path / "state" / STATE_FILE).unlink()
+    anew = trained(generation, lab, *flags, max_train_steps=5, resume=given["state"], **given)
+    assert anew.losses != whole.losses[3:]
+
+
+def test_states_that_do_not_fit(labs, tmp_path, capsys):
+    lab = labs("wan")
+    state = str(tmp_path / "state")
+    trained("method", lab, "--use_mask_loss", "--inverted_mask_prior", save_at=1, state=state)
+    with pytest.raises(UserError, match="holds no teacher"):
+        trained("method", lab, "--use_mask_loss", "--inverted_mask_prior", "--prior_teacher", "ema", resume=state)
+    (tmp_path / "state" / STATE_FILE).write_bytes(b"cut")
+    with pytest.raises(UserError, match=f"{STATE_FILE} is damaged"):
+        trained("method", lab, "--use_mask_loss", resume=state)
+    save_file({}, tmp_path / "state" / STATE_FILE, metadata={"counters": "{}"})
+    with pytest.raises(UserError, match=f"{STATE_FILE} is damaged"):
+        trained("method", lab, "--use_mask_loss", resume=state)
+    (tmp_path / "state" / STATE_FILE).unlink()
+    trained("method", lab, "--use_mask_loss", resume=state)
+    assert "saved without masks" in capsys.readouterr().out
+    trained("method", lab, masked=False, resume=state)  # and the stock trainer reads our states
+
+
+def test_masks_of_a_batch():
+    latents = torch.zeros(3, 16, 1, 8, 8)
+    good = torch.rand(3, 1, 1, 8, 8)
+    assert torch.equal(mask_of({"mask_weights_1x8x8": good}, latents, False), good)
+    layered = torch.rand(1, 1, 3, 8, 8)
+    dropped = mask_of({"mask_weights_3x8x8": layered}, torch.zeros(1, 16, 3, 8, 8), True)
+    assert torch.equal(dropped, layered[:, :, 1:])
+    with pytest.raises(UserError, match="no mask weights: run masked-loss cache"):
+        mask_of({"latents": latents}, latents, False)
+    # One sample's mask would otherwise spread over the whole batch.
+    with pytest.raises(UserError, match=r"is \(1, 1, 1, 8, 8\), its latents need \(3, 1, 1, 8, 8\)"):
+        mask_of({"mask_weights_1x8x8": good[:1]}, latents, False)
+    with pytest.raises(UserError, match="several masks"):
+        mask_of({"mask_weights_1x8x8": good, "mask_weights_1x4x4": good}, latents, False)
