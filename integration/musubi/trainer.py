@@ -11,6 +11,7 @@ Two generations of one family have different seams:
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import sys
@@ -96,7 +97,7 @@ class _Masked:
         if args.dataset_config is None:
             raise UserError("--dataset_config is missing: name the dataset file", 2)
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
-        _say(*banner(options), report.summary(), *notes, *report.warnings(options))
+        _say(*banner(options), report.summary(), *notes, *_misspelled(args), *report.warnings(options))
         # Later versions of blissful-tuner have a masked loss under the same flag: one of the two is enough.
         args.use_mask_loss = False
         self.masked = MaskedTraining(options)
@@ -226,6 +227,14 @@ class _Root(torch.autograd.Function):
 
 def _prediction(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.pred
+
+
+def _misspelled(args: Any) -> list[str]:
+    """The trainer takes every key of a --config_file, also one that nobody reads."""
+    known = {field.name for field in dataclasses.fields(MaskOptions)}
+    ours = ("mask_", "prior_", "inverted_mask_")
+    names = sorted(name for name in vars(args) if name.startswith(ours) and name not in known)
+    return [f"{name} in the configuration file is no flag, and does nothing" for name in names]
 
 
 def banner(options: MaskOptions) -> list[str]:

@@ -247,6 +247,8 @@ def test_the_banner(tmp_path, capsys, monkeypatch):
         "masked-loss: masks in 4 caches, from: file 4",
         "masked-loss: --loss_delta does nothing with --loss_type mse",
     ]
+    trained("method", lab, "--use_mask_loss", max_train_steps=1, mask_gama=0.5)
+    assert "masked-loss: mask_gama in the configuration file is no flag, and does nothing" in capsys.readouterr().out
     trained("inline", lab, max_train_steps=1)
     assert capsys.readouterr().out.splitlines()[-1] == "masked-loss: masks are not used: --use_mask_loss is not given"
     monkeypatch.setenv("RANK", "1")
