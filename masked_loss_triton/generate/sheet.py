@@ -56,7 +56,7 @@ def _card(job: Job) -> Card:
     weights = np.stack(masks).astype(np.float32) / 255
     return Card(
         name=str(job.source).encode("utf-8", "backslashreplace").decode(),
-        facts=[_found(note, mask_path), f"mean weight {weights.mean():.1%}" if mask_path is not None else "no mask"],
+        facts=[_found(note, mask_path), f"mean weight {weights.mean():.1%}" if mask_path is not None else ""],
         picture_label="middle frame" if job.is_clip else "picture",
         pictures=pictures,
         mask=weights[len(weights) // 2],
@@ -67,7 +67,7 @@ def _card(job: Job) -> Card:
 
 def _found(note: dict[str, Any], mask_path: Path | None) -> str:
     if mask_path is None:
-        return "NOTHING FOUND"
+        return "NO MASK: nothing was found, or it could not be made"
     if not note:
         return "made by hand or by another program"
     counts: dict[str, list[float]] = {}
