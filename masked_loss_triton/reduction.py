@@ -29,72 +29,64 @@ def loss_factors(
         sum_w, sum_v, sum_raw: (B,), sums over the positions of each sample, not over channels.
     """
     batch, channels, positions = inputs.batch, inputs.channels, inputs.positions
-    elements = channels * positions  # of one sample
-    group_size = 1
-    eps: Any
+    has_prior = inputs.prior is not None
+    samples: Any = 1
+    mean_raw: Any = 1.0
+    total_v: Any = 0.0
+    # Numbers stay numbers as long as they can: each tensor of one element costs an operation, or a launch.
     if config.per_sample:
-        if config.normalization == "mean":
-            denominators = torch.full_like(sum_w, elements), torch.full_like(sum_v, elements)
-        else:
-            eps = config.eps * (elements if config.normalization == "mean_one" else 1)
-            denominators = channels * sum_w + eps, channels * sum_v + eps
-        samples = torch.full_like(sum_w[:1], batch)
-        if inputs.normalizer is not None:
-            samples = _constant(inputs.normalizer[0], sum_w).reshape(1)
-        samples, group_size = _all_reduce(samples, inputs)
-        denominators = denominators[0] * samples, denominators[1] * samples
-        mean_raw = sum_raw / positions
+        samples = batch if inputs.normalizer is None else inputs.normalizer[0]
+        (samples,), group_size = _exchanged([samples], sum_w, inputs)
+        total_w, count = channels * sum_w, channels * positions
+        total_v = channels * sum_v if has_prior else total_v
+        mean_raw = sum_raw / positions if config.area_scale_beta else mean_raw
     else:
-        totals = torch.stack(
-            [
-                channels * sum_w.sum(),
-                channels * sum_v.sum(),
-                torch.full_like(sum_w[0], batch * elements),
-                sum_raw.sum(),
-                torch.full_like(sum_w[0], batch * positions),
-            ]
-        )
-        if inputs.normalizer is not None:
-            given = [_constant(value, sum_w) for value in inputs.normalizer]
-            if config.normalization == "mean":
-                totals = torch.cat([totals[:2], given[0].reshape(1), totals[3:]])
-            else:
-                totals = torch.cat([torch.stack([given[0], given[-1]]), totals[2:]])
-        totals, group_size = _all_reduce(totals, inputs)
-        total_w, total_v, total_elements, total_raw, total_positions = totals.unbind()
-        if config.normalization == "mean":
-            pair = total_elements, total_elements
-        else:
-            eps = config.eps * (total_elements if config.normalization == "mean_one" else 1)
-            pair = total_w + eps, total_v + eps
-        denominators = pair[0].expand(batch), pair[1].expand(batch)
-        mean_raw = (total_raw / total_positions).expand(batch)
+        total_w, count = channels * sum_w.sum(), batch * channels * positions
+        total_v = channels * sum_v.sum() if has_prior else total_v
+        total_raw = sum_raw.sum() if config.area_scale_beta else 0.0
+        if inputs.normalizer is not None and config.normalization == "mean":
+            count = inputs.normalizer[0]
+        elif inputs.normalizer is not None:
+            total_w, total_v = inputs.normalizer[0], inputs.normalizer[-1]
+        totals = [total_w, total_v, count, total_raw, batch * positions]
+        (total_w, total_v, count, total_raw, count_raw), group_size = _exchanged(totals, sum_w, inputs)
+        mean_raw = total_raw / count_raw if config.area_scale_beta else mean_raw
 
-    weighting = torch.ones_like(sum_w) if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
+    if config.normalization == "mean":
+        denominator_w = denominator_v = count
+    else:
+        eps = config.eps * (count if config.normalization == "mean_one" else 1)
+        denominator_w, denominator_v = total_w + eps, total_v + eps
+    weighting = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
     # Data parallel training averages the gradients of its ranks; times the number of ranks, that average is the sum.
-    s = weighting * group_size / denominators[0]
-    r = weighting * group_size / denominators[1] * inputs.prior_weight
+    s = weighting * (group_size / (denominator_w * samples))
+    r = weighting * inputs.prior_weight * (group_size / (denominator_v * samples)) if has_prior else 0.0
     if config.area_scale_beta:
         s = s * mean_raw**config.area_scale_beta
-    return s, r.to(s.dtype)
+    return _per_sample(s, sum_w), _per_sample(r, sum_w)
 
 
 def _constant(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(like.dtype)
-    return torch.full_like(like[0], value)
+    return torch.full((), value, dtype=like.dtype, device=like.device)  # not torch.tensor, which copies from the host
 
 
-def _all_reduce(totals: torch.Tensor, inputs: LossInputs) -> tuple[torch.Tensor, int]:
+def _per_sample(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    return _constant(value, like).expand(like.shape)
+
+
+def _exchanged(numbers: list[Any], like: torch.Tensor, inputs: LossInputs) -> tuple[list[Any], int]:
+    """The sums of each number over the ranks of the process group, and how many ranks there are."""
     if inputs.process_group is None:
-        return totals, 1
+        return numbers, 1
     import torch.distributed as dist
 
+    totals = torch.stack([_constant(number, like) for number in numbers])
     if totals.requires_grad:
         raise ValueError(
             "mask, prior_gate or normalizer requires grad, but process_group exchanges the denominators without a gradient: "
             "detach it, or drop process_group"
         )
-    totals = totals.clone()
     dist.all_reduce(totals, group=inputs.process_group)
-    return totals, dist.get_world_size(inputs.process_group)
+    return list(totals.unbind()), dist.get_world_size(inputs.process_group)

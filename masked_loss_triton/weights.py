@@ -68,8 +68,8 @@ def snap(mask: torch.Tensor) -> torch.Tensor:
 
     `threshold` and not `where`: on a CPU it takes a fifteenth of the time, and this is most of what weights cost there.
     """
-    mask = F.threshold(mask, SNAP, 0.0)
-    return -F.threshold(-mask, SNAP - 1, -1.0)
+    mask = F.threshold(mask, SNAP, 0.0).neg_()  # a tensor of its own from here: in place, no fresh memory
+    return F.threshold_(mask, SNAP - 1, -1.0).neg_()
 
 
 def raw_mask(
@@ -109,16 +109,17 @@ def target_and_prior_weights(
         w = w.clamp(min=config.min_weight)
 
     if not has_prior:
-        v = torch.zeros_like(w)
+        v = w.new_zeros(()).expand(w.shape)
     elif config.prior_threshold is None:
         v = 1 - w
     else:
         v = (raw.float() < config.prior_threshold).to(w.dtype)
-    if prior_gate is not None:
+    if prior_gate is not None and has_prior:
         v = v * prior_gate.to(w.dtype).view(-1, 1, 1, 1)
     if has_prior and config.prior_threshold is not None:
         w = w * (1 - v)
-    v = F.threshold(v, SNAP, 0.0)
+    if has_prior:
+        v = F.threshold(v, SNAP, 0.0)
 
     if mask_gate is not None:
         on = mask_gate.view(-1, 1, 1, 1)

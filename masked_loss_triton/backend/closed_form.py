@@ -13,22 +13,21 @@ gradient is written once. Measured at (1, 16, 21, 60, 104) float32 on 2 cores: b
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
 
 from masked_loss_triton import weights
 from masked_loss_triton.backend import refuse_second_derivative
+from masked_loss_triton.backend.blocks import block_steps, blocks, in_memory_order
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
-from masked_loss_triton.kernels.strides import position_stride
 from masked_loss_triton.reduction import loss_factors
 from masked_loss_triton.stats import MaskedLossStats
 
 # Elements of a block: two float32 buffers of 1 MB stay in a 2 MB second-level cache. Elsewhere a block only bounds the memory.
-CPU_BLOCK = 1 << 18
+CPU_BLOCK = 3 << 15
 DEVICE_BLOCK = 1 << 22
 
 
@@ -43,9 +42,9 @@ def loss(
         sum_v = sum_w if inputs.prior is None else v.sum(dim=(1, 2, 3)).expand(inputs.batch)
         sum_raw = raw.sum(dim=(1, 2, 3)).expand(inputs.batch) if config.area_scale_beta else sum_w
         s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
-        a = s.view(-1, 1, 1, 1) * w
-        b = None if inputs.prior is None else r.view(-1, 1, 1, 1) * v
-    kept = (raw, w, v) if return_stats else None
+        kept = (raw, w, v) if return_stats else None
+        a = _times(w, slope(config) * s, in_place=kept is None)
+        b = None if inputs.prior is None else _times(v, slope(config) * r, in_place=kept is None)
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
     arguments = (inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, inputs.flow_sign, config)
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
@@ -54,6 +53,17 @@ def loss(
         target_term, prior_term, _ = loss_and_gradient(*arguments, write_gradient=False)
         total = target_term + prior_term
     return total, None if kept is None else MaskedLossStats.from_weights(target_term, prior_term, *kept)
+
+
+def _times(weight: torch.Tensor, factor: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """A weight (B or 1, F, H, W) times a factor (B,). In place, where nobody needs the weight again, costs no fresh memory."""
+    factor = factor.view(-1, 1, 1, 1)
+    return weight.mul_(factor) if in_place and weight.shape[0] == factor.shape[0] else weight * factor
+
+
+def slope(config: MaskedLossConfig) -> int:
+    """The constant of rho': 2 for a square. It goes into the weights, which are few, instead of into every error."""
+    return 2 if config.loss_type == "mse" else 1
 
 
 class ClosedFormLoss(torch.autograd.Function):
@@ -117,67 +127,76 @@ def loss_and_gradient(
 
     Args:
         pred, target, latents, prior: (B, C, F, H, W), any strides.
-        a, b: (B, F, H, W) float32, the weights times their factors.
+        a, b: (B, F, H, W) float32, the weights times their factors and `slope`.
     """
     if torch.compiler.is_compiling():
         return _whole(pred, target, latents, prior, a, b, flow_sign, config, write_gradient)
     gradient = torch.empty_like(pred) if write_gradient else None
-    operands = _with_one_axis_of_positions([x for x in (pred, target, latents, prior, gradient) if x is not None])
-    shape = operands[0].shape
-    a, b = (None if factor is None else factor.reshape(shape[0], *shape[2:]) for factor in (a, b))
-    block_size = CPU_BLOCK if pred.device.type == "cpu" else DEVICE_BLOCK
+    tensors = [x for x in (pred, target, latents, prior, gradient) if x is not None]
+    operands, factors, channel_axis = in_memory_order(tensors, [a] if b is None else [a, b])
+    block_size = CPU_BLOCK * torch.get_num_threads() if pred.device.type == "cpu" else DEVICE_BLOCK
+    steps = block_steps(operands[0].shape, block_size)
     # A float32 gradient is written where it belongs at once, and saves a buffer and a pass.
     direct = write_gradient and pred.dtype == torch.float32
-    size = min(pred.numel(), max(block_size, shape[1]))
-    buffers = torch.empty((3 - direct - (b is None), size), dtype=torch.float32, device=pred.device)
+    buffers = torch.empty((3 - direct - (b is None), math.prod(steps)), dtype=torch.float32, device=pred.device)
+    scratch: dict[torch.Size, list[torch.Tensor]] = {}
     target_terms, prior_terms = [], []
-    for block in _blocks(shape, block_size):
-        views = iter([operand[block[0], :, block[1], block[2], block[3]] for operand in operands])
-        p, t = next(views), next(views)
-        x = None if latents is None else next(views)
-        q = None if prior is None else next(views)
-        g = next(views, None)
-        scratch = iter([row[: p.numel()].view(p.shape) for row in buffers])
-        difference = next(scratch)
-        result = g if direct and g is not None else next(scratch)
-        _subtract(difference, p, t, x, flow_sign)
-        target_terms.append(_weighted_error(difference, result, a[block], config))
-        if q is not None:
-            psi = next(scratch)
-            _subtract(difference, p, q, None, 1)
-            prior_terms.append(_weighted_error(difference, psi, b[block], config))
-            result.add_(psi)
+    for views in zip(*(blocks(x, steps, channel_axis) for x in [*factors, *operands]), strict=True):
+        pieces = iter(views)
+        factor = next(pieces)
+        prior_factor = None if b is None else next(pieces)
+        p, t = next(pieces), next(pieces)
+        x = None if latents is None else next(pieces)
+        q = None if prior is None else next(pieces)
+        g = next(pieces, None)
+        if p.shape not in scratch:
+            scratch[p.shape] = [buffer[: p.numel()].view(p.shape) for buffer in buffers]
+        difference, *spare = scratch[p.shape]
+        psi = g if direct and g is not None else spare[0]
+        _subtract(difference, p, t, x, flow_sign, psi)
+        target_terms.append(_weighted_error(difference, psi, factor, config))
+        if q is not None and prior_factor is not None:
+            prior_psi = spare[-1]
+            _subtract(difference, p, q, None, 1, prior_psi)
+            prior_terms.append(_weighted_error(difference, prior_psi, prior_factor, config))
+            if g is not None:
+                psi.add_(prior_psi)
         if g is not None and not direct:
-            g.copy_(result)
-    target_term = torch.stack(target_terms).sum()
-    prior_term = torch.stack(prior_terms).sum() if prior_terms else torch.zeros_like(target_term)
+            g.copy_(psi)
+    target_term = torch.stack(target_terms).sum() / slope(config)
+    prior_term = torch.stack(prior_terms).sum() / slope(config) if prior_terms else torch.zeros_like(target_term)
     return target_term, prior_term, gradient
 
 
 def _subtract(
-    out: torch.Tensor, pred: torch.Tensor, target: torch.Tensor, latents: torch.Tensor | None, sign: int
+    out: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    latents: torch.Tensor | None,
+    sign: int,
+    spare: torch.Tensor,
 ) -> None:
-    """out = pred - target in float32, whatever the dtypes."""
-    if pred.dtype == target.dtype == torch.float32 and latents is None:
-        torch.sub(pred, target, out=out)  # one pass less than below
-        return
-    out.copy_(pred)
-    if latents is None:
-        out.sub_(target)
-        return
-    # In float32 the flow target is formed first and rounded once, as the other backends do.
-    formed = target.to(torch.float32, copy=True).sub_(latents)
-    out.sub_(formed, alpha=sign)
+    """out = pred - target in float32, whatever the dtypes; `spare` is a float32 buffer of the same shape."""
+    if latents is not None:
+        # In float32 the flow target is formed first and rounded once, as the other backends do.
+        target = spare.copy_(target).sub_(latents)
+    elif target.dtype != torch.float32:
+        target = spare.copy_(target)  # into a buffer: mixed dtypes would be converted into fresh memory
+    if pred.dtype != torch.float32:
+        pred = out.copy_(pred)
+    torch.sub(pred, target, alpha=sign, out=out)
 
 
 def _weighted_error(
     difference: torch.Tensor, psi: torch.Tensor, factor: torch.Tensor, config: MaskedLossConfig
 ) -> torch.Tensor:
-    """Leaves factor * rho'(difference) in psi, spoils difference, and returns sum(factor * rho(difference))."""
-    factor = factor.unsqueeze(1)
+    """Leaves factor * rho'(difference) in psi, spoils difference, and returns sum(factor * rho(difference)).
+
+    For mse the two of the slope is in the factor, and the result twice as large.
+    """
     if config.loss_type == "mse":
-        torch.mul(difference, 2 * factor, out=psi)
-        return _dot(difference, psi) / 2
+        torch.mul(difference, factor, out=psi)
+        return _dot(difference, psi)
     if config.loss_type == "l1":
         torch.sign(difference, out=psi)
     elif config.loss_type == "huber":
@@ -198,43 +217,13 @@ def _dot(difference: torch.Tensor, psi: torch.Tensor) -> torch.Tensor:
     return difference.mul_(psi).sum()
 
 
-def _with_one_axis_of_positions(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors as views (B, C, 1, 1, P), if the strides of all of them allow it; otherwise as they came."""
-    steps = [position_stride(tensor) for tensor in tensors]
-    if None in steps:
-        return tensors
-    views = []
-    batch, channels, frames, height, width = tensors[0].shape
-    shape = (batch, channels, 1, 1, frames * height * width)
-    for tensor, step in zip(tensors, steps, strict=True):
-        views.append(tensor.as_strided(shape, (tensor.stride(0), tensor.stride(1), 0, 0, step or 0)))
-    return views
-
-
-def _blocks(shape: torch.Size, block_size: int) -> Iterator[tuple[slice, ...]]:
-    """Slices (b, f, h, w) that cover (B, C, F, H, W) in blocks of at most `block_size` elements, innermost axes first."""
-    batch, channels, *grid = shape
-    sizes = [batch, *grid]
-    steps = [1] * 4
-    budget = max(1, block_size // channels)
-    for axis in (3, 2, 1, 0):
-        steps[axis] = min(sizes[axis], budget)
-        if steps[axis] < sizes[axis]:
-            break
-        budget //= steps[axis]
-        if budget == 0:
-            break
-    ranges = [[slice(i, i + step) for i in range(0, size, step)] for size, step in zip(sizes, steps, strict=True)]
-    return itertools.product(*ranges)
-
-
 def _whole(pred, target, latents, prior, a, b, flow_sign, config, write_gradient):
     """The same without blocks or buffers: under torch.compile the compiler fuses it."""
 
     def term(other: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         difference = pred.float() - other
         if config.loss_type == "mse":
-            psi, share = 2 * difference, 0.5 * difference
+            psi, share = difference, 0.5 * difference
         elif config.loss_type == "l1":
             psi, share = torch.sign(difference), difference
         elif config.loss_type == "huber":
