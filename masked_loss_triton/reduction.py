@@ -57,7 +57,7 @@ def loss_factors(
     else:
         eps = config.eps * (count if config.normalization == "mean_one" else 1)
         denominator_w, denominator_v = total_w + eps, total_v + eps
-    weighting = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
+    weighting: Any = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
     # Data parallel training averages the gradients of its ranks; times the number of ranks, that average is the sum.
     s = weighting * (group_size / (denominator_w * samples))
     r = weighting * inputs.prior_weight * (group_size / (denominator_v * samples)) if has_prior else 0.0

@@ -69,7 +69,7 @@ def snap(mask: torch.Tensor) -> torch.Tensor:
     `threshold` and not `where`: on a CPU it takes a fifteenth of the time, and this is most of what weights cost there.
     """
     mask = F.threshold(mask, SNAP, 0.0).neg_()  # a tensor of its own from here: in place, no fresh memory
-    return F.threshold_(mask, SNAP - 1, -1.0).neg_()
+    return torch.threshold_(mask, SNAP - 1, -1.0).neg_()
 
 
 def raw_mask(

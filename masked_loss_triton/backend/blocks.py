@@ -29,7 +29,7 @@ def in_memory_order(
             for x, step in zip([*tensors, *factors], steps, strict=True)
         ]
         tensors, factors = views[: len(tensors)], views[len(tensors) :]
-    order = sorted(range(len(shape)), key=lambda axis: -tensors[0].stride(axis) if shape[axis] > 1 else 0)
+    order = sorted(range(len(shape)), key=lambda axis: -tensors[0].stride()[axis] if shape[axis] > 1 else 0)
     return [x.permute(order) for x in tensors], [x.permute(order) for x in factors], order.index(1)
 
 
