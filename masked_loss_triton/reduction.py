@@ -52,9 +52,9 @@ def loss_factors(
         (total_w, total_v, count, total_raw, count_raw), group_size = _exchanged(totals, sum_w, inputs)
         mean_raw = total_raw / count_raw if config.area_scale_beta else mean_raw
 
-    if config.normalization == "mean":
-        denominator_w = denominator_v = count
-    else:
+    denominator_w: Any = count
+    denominator_v: Any = count
+    if config.normalization != "mean":
         eps = config.eps * (count if config.normalization == "mean_one" else 1)
         denominator_w, denominator_v = total_w + eps, total_v + eps
     weighting: Any = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
