@@ -8,11 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything imports it
 
+from hypothesis import HealthCheck, settings
+
 # Tensors are tiny here: several threads would only wait for each other, and crawl on a machine that has other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-
-from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "default",
