@@ -53,8 +53,7 @@ def losses_of(case: Case) -> list[str]:
     names = [name for name, recipe in RECIPES.items() if recipe.takes_prior == case.prior]
     suffix = " + prior" if case.prior else ""
     ours = ["ours, torch", "ours, torch.compile"]
-    if torch.cuda.is_available():
-        ours.append("ours, triton")
+    ours.append("ours, triton" if torch.cuda.is_available() else "ours, compiled")
     return [*names, f"torch.compile of {BEST}{suffix}", *ours]
 
 
@@ -83,8 +82,8 @@ def compiled(function: Any) -> Any:
 def computation(loss: str, call: Call) -> Callable[[], Tensor]:
     """The forward: a function of nothing that returns the loss."""
     if loss.startswith("ours"):
-        backend = "triton" if loss.endswith("triton") else "torch"
-        ours = compiled(masked_loss) if loss.endswith("compile") else masked_loss
+        backend = loss.removeprefix("ours, ").removesuffix(".compile")
+        ours = compiled(masked_loss) if loss.endswith(".compile") else masked_loss
         return lambda: ours(call.pred, call.target, call.mask, call.config, prior=call.prior, backend=backend)
     name = loss.removeprefix("torch.compile of ")
     function = RECIPES[name].function

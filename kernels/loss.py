@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -179,6 +179,8 @@ def loss_kernel(
     if FOLD == 2:
         cell = tl.where(position < grid_positions, position, position - grid_positions)
     frame, row, column = split_position(cell, height, width)
+    # Products with strides: 64-bit where a tensor spans 2^31 elements.
+    cell, frame, row, column = cell.to(OFFSET), frame.to(OFFSET), row.to(OFFSET), column.to(OFFSET)
     # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
     # use half of its sectors.
     position = tl.max_contiguous(position, (1, VECTOR)).to(OFFSET)
@@ -342,6 +344,10 @@ class LossLaunch:
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
         mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
         comes from the second-level cache.
+    registers: what a thread may use at most. With 128 of them 4 programs of 128 threads fit on every NVIDIA multiprocessor,
+        and each has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors x 128 threads). 16 KB is what 3.35 TB/s
+        times 0.6 microseconds need for each multiprocessor of an H100: one program would nearly do. `python -m bench.gate`
+        holds the compiled code to it.
     """
 
     vector: int
@@ -349,6 +355,7 @@ class LossLaunch:
     block_c: int
     channel_blocks: int
     num_warps: int = 4
+    registers: ClassVar[int] = 128
 
     @classmethod
     def choose(
@@ -440,8 +447,10 @@ def launch_loss(
     steps = {name: used_strides(tensor) for name, tensor in tensors.items() if tensor is not None}
     steps = {name: (step[0], step[1] * fold, *step[2:]) for name, step in steps.items()}
     used = [number for step in steps.values() for number in (step[:2] if flat else step[:4])]
-    divisor = common_divisor([positions * fold, *used], 16)
-    wide = max(span(tensor) for tensor in present) >= 2**31
+    # A stride that needs 64 bits goes as it is: divided, the kernel would multiply it back in 32.
+    largest = max(number for step in steps.values() for number in step)
+    divisor = common_divisor([positions * fold, *used], 16) if largest < 2**31 else 1
+    wide = max(span(tensor) for tensor in (*present, *([] if direct_mask is None else [direct_mask]))) >= 2**31
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         step_b, step_c, step_f, step_h, step_w = steps.get(name, (0,) * 5)
@@ -450,7 +459,7 @@ def launch_loss(
         values = (step_b // divisor, step_c // divisor, step_f // divisor, step_h // divisor, step_w)
         strides |= {f"{name}_stride_{axis}": value for axis, value in zip("bcfhw", values, strict=True)}
     mask_steps = (0,) * 4 if direct_mask is None else used_strides(direct_mask)
-    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat else 1
+    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat and mask_steps[0] < 2**31 else 1
     strides |= dict(
         mask_stride_b=mask_steps[0] // mask_divisor,
         mask_stride_f=mask_steps[1],
@@ -533,10 +542,22 @@ def launch_loss(
     return loss, numbers_out, gradient
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleLaunch:
+    """Launch configuration of the scale kernel.
+
+    block: 4096 elements on 4 warps, 32 per thread: a plain backward starts few programs that read one number and return.
+    registers: at most 64, so that 8 programs are resident: a thread holds its 32 elements and little else.
+    """
+
+    block: int = 4096
+    num_warps: int = 4
+    registers: ClassVar[int] = 64
+
+
 def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
     """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
-    block = 4096
-    count = gradient.numel()
-    scale_kernel[(triton.cdiv(count, block),)](
-        gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=block, num_warps=4
+    launch, count = ScaleLaunch(), gradient.numel()
+    scale_kernel[(triton.cdiv(count, launch.block),)](
+        gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=launch.block, num_warps=launch.num_warps
     )

@@ -427,7 +427,9 @@ def launch_weights(
     blur_exponent, blur_norm = _gaussian(kernel_size)
     resampling = _resample_arguments(source, grid, config.resample)
     flat = source is not None and tuple(source.shape[1:]) == grid and position_stride(source) == 1
-    divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
+    stride_b = resampling["mask_stride_b"]
+    # A stride that needs 64 bits goes as it is: divided, the kernel would multiply it back in 32.
+    divisor = common_divisor([positions, stride_b], 16) if stride_b < 2**31 else 1
     resampling["mask_stride_b"] //= divisor
     weights_kernel[(launch.tiles, batch)](
         mask_ptr=source,

@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 
@@ -257,7 +258,7 @@ def describe(
         prior_gate=prior_gate,
         mask_gate=mask_gate,
         normalizer=None if normalizer is None else _normalizer(normalizer, prior is not None, config, pred),
-        process_group=process_group,
+        process_group=_checked_group(process_group),
     )
 
 
@@ -282,6 +283,38 @@ def _prior_weight(
         numbers = [torch.full((), number, dtype=torch.float32, device=pred.device) for number in checked]
         return torch.stack(numbers)
     return checked
+
+
+def _checked_group(value: Any) -> Any:
+    if value is None:
+        return None
+    import torch.distributed as dist
+
+    if not dist.is_available() or not isinstance(value, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup that this process is in, got {type(value).__name__}: "
+            "give torch.distributed.group.WORLD after init_process_group, or None"
+        )
+    return value
+
+
+def refuse_transforms(inputs: LossInputs) -> None:
+    """Raises where the fused backends would lose a derivative or fail inside: forward mode, torch.func and vmap."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func and torch.vmap cannot look into this backend of masked_loss: use backend='reference'"
+        )
+    if forward_ad._current_level < 0:
+        return
+    for name in ("pred", "target", "latents", "prior", "mask"):
+        value = getattr(inputs, name)
+        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{name} carries a tangent, but this backend of masked_loss has no forward-mode derivative: "
+                "use backend='reference'"
+            )
 
 
 def refuse_gradients(inputs: LossInputs) -> None:

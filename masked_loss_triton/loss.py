@@ -17,6 +17,7 @@ from masked_loss_triton.inputs import (
     describe,
     per_sample_numbers,
     refuse_gradients,
+    refuse_transforms,
 )
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ def masked_loss(
         process_group: all-reduces the denominators over its ranks and multiplies by their number, so that the gradient
             that data parallel training averages is exactly that of the whole batch.
         layout: "channels_first" or "layered".
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "torch", "compiled" (on the CPU, by torch.compile: the first call takes seconds) or "reference".
         return_stats: also return a `MaskedLossStats`.
 
     Returns:
         The loss, 0-d float32 (float64 from the reference for float64), or (loss, stats). 0 when nothing is weighted.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got, what it takes and what to do. On "triton" and "torch" also
+        ValueError, TypeError: naming the argument, what it got, what it takes and what to do. On all backends but "reference" also
             when anything but pred requires grad, since that gradient is not computed.
 
     Notes:
@@ -118,6 +119,7 @@ def masked_loss(
     name = choose(backend, pred)
     if name != "reference":
         refuse_gradients(inputs)
+        refuse_transforms(inputs)
     with _without_autocast(pred.device.type):
         loss, stats = implementation(name)(inputs, config, return_stats)
     return (loss, stats) if return_stats else loss

@@ -30,6 +30,7 @@ def loss_factors(
     """
     batch, channels, positions = inputs.batch, inputs.channels, inputs.positions
     has_prior = inputs.prior is not None
+    count: Any
     samples: Any = 1
     mean_raw: Any = 1.0
     total_v: Any = 0.0

@@ -55,6 +55,19 @@ def test_a_compiled_loss_can_be_differentiated_twice_over(device, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_tensor_may_be_target_and_prior(device, backend):
+    pred, target, _, mask = inputs(device)
+    torch._dynamo.reset()
+    results = []
+    for function in (masked_loss, torch.compile(masked_loss, fullgraph=True)):
+        leaf = pred.clone().requires_grad_()
+        loss = function(leaf, target, mask, prior=target, backend=backend)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_prior_weight_that_changes_at_every_step(device, backend):
     pred, target, prior, mask = inputs(device)
     torch._dynamo.reset()

@@ -66,6 +66,15 @@ def test_a_gradient_that_the_exchange_would_lose_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("group", ["world", 0, object()])
+def test_what_is_no_process_group_is_refused(group):
+    pred, target, _, mask = batch()
+    with pytest.raises(
+        TypeError, match=r"process_group must be a torch.distributed.ProcessGroup.*got (str|int|object)"
+    ):
+        masked_loss(pred, target, mask, process_group=group)
+
+
 def test_two_ranks_are_one_batch(tmp_path):
     """The mean over the ranks, which data parallel training takes, is the loss and the gradient of the whole batch."""
     context = mp.get_context("spawn")

@@ -151,3 +151,28 @@ def test_differentiating_twice_is_refused(device, backend):
     loss = masked_loss(leaf * leaf, target, mask, backend=backend)
     with pytest.raises(RuntimeError, match=r"differentiable once.*reference"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own, where it makes dual numbers
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_tangent_that_would_be_lost_is_refused(device, backend):
+    pred, target, _, mask = case(device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(pred, torch.ones_like(pred))
+        with pytest.raises(RuntimeError, match=r"pred carries a tangent.*reference"):
+            masked_loss(dual, target, mask, backend=backend)
+        loss = masked_loss(dual, target, mask, backend="reference")
+        tangent = torch.autograd.forward_ad.unpack_dual(loss).tangent
+    torch.testing.assert_close(tangent, gradient(pred, target, None, mask, "reference").sum())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_transforms_of_torch_func_are_refused_in_one_line(device, backend):
+    pred, target, _, mask = case(device)
+
+    def loss(pred):
+        return masked_loss(pred, target, mask, backend=backend)
+
+    for transformed, argument in ((torch.func.grad(loss), pred), (torch.vmap(loss), torch.stack([pred, pred]))):
+        with pytest.raises(RuntimeError, match=r"torch.func and torch.vmap.*reference"):
+            transformed(argument)

@@ -1,4 +1,5 @@
-"""Three backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `triton` (kernels).
+"""Backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `compiled` (the same by torch.compile, on the
+CPU), `triton` (kernels).
 
 The folder is called `backend`: torch.compile refuses to trace files whose path contains "triton/backends".
 """
@@ -8,12 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "compiled", "reference")
 
 
 @functools.cache
@@ -48,6 +49,10 @@ def choose(name: str, pred: torch.Tensor) -> str:
                 f"backend='triton' needs a CUDA or ROCm tensor, and pred is on {pred.device}: use backend='torch' "
                 "(or set TRITON_INTERPRET=1 before triton is imported, to run the kernels slowly on the CPU)"
             )
+    if name == "compiled" and pred.device.type != "cpu":
+        raise ValueError(
+            f"backend='compiled' is for CPU tensors, and pred is on {pred.device}: use 'triton' or 'torch'"
+        )
     return name
 
 
@@ -57,10 +62,10 @@ def implementation(name: str) -> Callable[..., Any]:
         from masked_loss_triton.backend import fused
 
         return fused.loss
-    if name == "torch":
+    if name in ("torch", "compiled"):
         from masked_loss_triton.backend import closed_form
 
-        return closed_form.loss
+        return closed_form.loss if name == "torch" else closed_form.compiled_loss
     from masked_loss_triton.backend import reference
 
     return reference.loss
@@ -72,3 +77,15 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "this backend of masked_loss is differentiable once, and create_graph=True asks for more: use backend='reference'"
         )
+
+
+def distinct(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The same tensors; under torch.compile one that came before, such as a prior that is the target, as a view of itself.
+
+    Dynamo takes no tensor twice as an argument of an autograd.Function.
+    """
+    result: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        again = torch.compiler.is_compiling() and tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view(tensor.shape) if again and tensor is not None else tensor)
+    return result

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from masked_loss_triton.backend import refuse_second_derivative
+from masked_loss_triton.backend import distinct, refuse_second_derivative
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
 from masked_loss_triton.kernels import loss as loss_kernels
@@ -42,7 +42,7 @@ def loss(
     with torch.no_grad():
         factors = _exchanged_factors(inputs, config, tensors) if needs_exchange(inputs) else None
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
-        total, numbers = FusedLoss.apply(*tensors, factors, *options)
+        total, numbers = FusedLoss.apply(*distinct(tensors), factors, *options)
     else:
         total, numbers, _ = _run("forward", *tensors, factors, *options, False)
     return total, MaskedLossStats(*numbers.unbind()) if return_stats else None
