@@ -24,19 +24,32 @@ from masked_loss_triton.integration.musubi import caches
 from masked_loss_triton.integration.musubi.options import MaskOptions, from_namespace
 from masked_loss_triton.integration.musubi.training import MaskedTraining
 
-
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
 # Recorded from musubi-tuner 0.2.14 to 0.3.4 and blissful-tuner 0.12.66 and 0.13.66; a third argument may end in _arg.
 SEAMS = {
-    "call_dit": _names("args accelerator transformer latents batch noise noisy_model_input timesteps network_dtype"),
+    "call_dit": [
+        "args",
+        "accelerator",
+        "transformer",
+        "latents",
+        "batch",
+        "noise",
+        "noisy_model_input",
+        "timesteps",
+        "network_dtype",
+    ],
     "handle_model_specific_args": ["args"],
     "resume_from_local_or_hf_if_specified": ["accelerator", "args"],
-    "get_noisy_model_input_and_timesteps": _names("args noise latents timesteps noise_scheduler device dtype"),
+    "get_noisy_model_input_and_timesteps": [
+        "args",
+        "noise",
+        "latents",
+        "timesteps",
+        "noise_scheduler",
+        "device",
+        "dtype",
+    ],
 }
-COMPUTE_LOSS = _names("args output timesteps noise_scheduler dit_dtype network_dtype")
+COMPUTE_LOSS = ["args", "output", "timesteps", "noise_scheduler", "dit_dtype", "network_dtype"]
 SUPPORTED = "musubi-tuner 0.2.14 to 0.3.4, blissful-tuner 0.12.66 to 0.13.66"
 
 
@@ -222,7 +235,7 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (root,) = ctx.saved_tensors
-        return torch.where(root > 0, gradient / (2 * root), torch.zeros_like(gradient))
+        return torch.where(root == 0, torch.zeros_like(gradient), gradient / (2 * root))
 
 
 def _prediction(output: Any) -> torch.Tensor:
