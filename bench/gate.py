@@ -19,10 +19,11 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
+from bench.budgets import REGISTERS
 from bench.cases import build
 from bench.launches import DEVICES, launches_of
 from bench.machine_code import NVIDIA_TOOLS, tensor_at, tool, with_true_lines
-from bench.variants import REGISTERS, VARIANTS
+from bench.variants import VARIANTS
 
 CUDA_TARGETS = [name for name in DEVICES if name.startswith("sm_")]
 

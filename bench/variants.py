@@ -1,4 +1,4 @@
-"""The variants of the kernels whose machine code is looked at, and what it may cost. Imports no Triton."""
+"""The variants of the kernels whose machine code is looked at, with their calls. Imports no Triton."""
 
 from __future__ import annotations
 
@@ -45,9 +45,3 @@ VARIANTS = {
     "42x24": Case(latents="16x1x42x24"),
     "166x166 bf16": Case(latents="16x1x166x166", dtype=BF16),
 }
-
-
-# Registers that a thread may use. All kernels run 128 threads per program; with 128 registers each, 4 programs fit on every NVIDIA
-# multiprocessor. A program of the loss kernel has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors x 128 threads), and
-# 16 KB per multiprocessor is what 3.35 TB/s times 0.6 microseconds needs on an H100: one program would nearly do.
-REGISTERS = {"loss_kernel": 128, "weights_kernel": 128, "resample_kernel": 64, "scale_kernel": 40}

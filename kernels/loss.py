@@ -447,10 +447,8 @@ def launch_loss(
     steps = {name: used_strides(tensor) for name, tensor in tensors.items() if tensor is not None}
     steps = {name: (step[0], step[1] * fold, *step[2:]) for name, step in steps.items()}
     used = [number for step in steps.values() for number in (step[:2] if flat else step[:4])]
-    # A stride that needs 64 bits goes as it is: divided, the kernel would multiply it back in 32.
-    largest = max(number for step in steps.values() for number in step)
-    divisor = common_divisor([positions * fold, *used], 16) if largest < 2**31 else 1
-    wide = max(span(tensor) for tensor in (*present, *([] if direct_mask is None else [direct_mask]))) >= 2**31
+    divisor = common_divisor([positions * fold, *used], 16)
+    wide = max(span(tensor) for tensor in (*present, direct_mask) if tensor is not None) >= 2**31
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         step_b, step_c, step_f, step_h, step_w = steps.get(name, (0,) * 5)
@@ -459,7 +457,7 @@ def launch_loss(
         values = (step_b // divisor, step_c // divisor, step_f // divisor, step_h // divisor, step_w)
         strides |= {f"{name}_stride_{axis}": value for axis, value in zip("bcfhw", values, strict=True)}
     mask_steps = (0,) * 4 if direct_mask is None else used_strides(direct_mask)
-    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat and mask_steps[0] < 2**31 else 1
+    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat else 1
     strides |= dict(
         mask_stride_b=mask_steps[0] // mask_divisor,
         mask_stride_f=mask_steps[1],
@@ -547,12 +545,12 @@ class ScaleLaunch:
     """Launch configuration of the scale kernel.
 
     block: 4096 elements on 4 warps, 32 per thread: a plain backward starts few programs that read one number and return.
-    registers: at most 64, so that 8 programs are resident: a thread holds its 32 elements and little else.
+    registers: what a thread may use at most: its 32 elements and little else. 12 programs are resident.
     """
 
     block: int = 4096
     num_warps: int = 4
-    registers: ClassVar[int] = 64
+    registers: ClassVar[int] = 40
 
 
 def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:

@@ -30,8 +30,11 @@ def span(tensor: torch.Tensor) -> int:
 
 
 def common_divisor(numbers: list[int], limit: int) -> int:
-    """The largest power of two, up to `limit`, that divides all of them."""
-    divisor = limit
+    """The largest power of two, up to `limit`, that divides all of them.
+
+    1 when one of them needs 64 bits: divided, it would be passed in 32, and multiplied back in 32.
+    """
+    divisor = limit if max(numbers) < 2**31 else 1
     while any(number % divisor for number in numbers):
         divisor //= 2
     return divisor

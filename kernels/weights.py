@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -277,12 +277,16 @@ class WeightsLaunch:
     block: 512 positions on 4 warps: four per thread, so that a float32 mask on the grid is read 128 bits at a time.
     tiles: programs per sample. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256 bytes
         beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes.
+    registers, resample_registers: what a thread of this kernel, and of the resampling one before a blur, may use at most: 4 and 8
+        programs are resident on every NVIDIA multiprocessor. Both read a mask, a sixteenth of pred.
     """
 
     block: int
     tiles: int
     blocks_per_tile: int
     num_warps: int
+    registers: ClassVar[int] = 128
+    resample_registers: ClassVar[int] = 64
 
     @classmethod
     def choose(cls, positions: int, batch: int) -> WeightsLaunch:
@@ -427,9 +431,7 @@ def launch_weights(
     blur_exponent, blur_norm = _gaussian(kernel_size)
     resampling = _resample_arguments(source, grid, config.resample)
     flat = source is not None and tuple(source.shape[1:]) == grid and position_stride(source) == 1
-    stride_b = resampling["mask_stride_b"]
-    # A stride that needs 64 bits goes as it is: divided, the kernel would multiply it back in 32.
-    divisor = common_divisor([positions, stride_b], 16) if stride_b < 2**31 else 1
+    divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
     resampling["mask_stride_b"] //= divisor
     weights_kernel[(launch.tiles, batch)](
         mask_ptr=source,

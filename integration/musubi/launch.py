@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from masked_loss_triton.cache.encode import import_trainer
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import options
 from masked_loss_triton.integration.musubi.trainer import masked_class
@@ -53,16 +53,7 @@ def find_trainer(family: str, checkout: str | None) -> tuple[Any, type]:
             raise UserError(f"--musubi {checkout}: no musubi_tuner in it: name the folder of the trainer's checkout", 2)
         sys.path.insert(0, str(source))
     file, names = TRAINERS[family]
-    try:
-        module = importlib.import_module(f"musubi_tuner.{file}")
-    except ModuleNotFoundError as error:
-        if error.name and f"musubi_tuner.{file}".startswith(error.name):
-            raise UserError(
-                "musubi_tuner is not installed here: run this in the trainer's environment, or name its checkout with "
-                "--musubi FOLDER",
-                2,
-            ) from error
-        raise UserError(f"the trainer needs the package {error.name!r}: install its requirements", 2) from error
+    module = import_trainer(f"musubi_tuner.{file}", "name its checkout with --musubi FOLDER")
     for name in names:
         # Defined here and not imported from another family's module.
         if isinstance(found := getattr(module, name, None), type) and found.__module__ == module.__name__:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration.musubi.options import take_from
+from masked_loss_triton.integration.musubi.options import MaskOptions, take_from
 from masked_loss_triton.integration.musubi.trainer import masked_class
 
 
@@ -22,9 +22,9 @@ def network_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]
     real = importlib.import_module(f"musubi_tuner.networks.{name}")
 
     def create_arch_network(*given: Any, **named: Any) -> Any:
-        take_from(named)
+        options = take_from(named)
         network = real.create_arch_network(*given, **named)
-        _switch_on(name)
+        _switch_on(name, options)
         return network
 
     def create_arch_network_from_weights(*given: Any, **named: Any) -> Any:
@@ -36,11 +36,13 @@ def network_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]
     return create_arch_network, create_arch_network_from_weights
 
 
-def _switch_on(name: str) -> None:
+def _switch_on(name: str, options: MaskOptions | None = None) -> None:
+    """Makes the trainer a masked one. A network from weights (--dim_from_weights) is given no arguments: they are looked up."""
     trainer, args = _caller()
-    arguments = dict(argument.split("=", 1) for argument in args.network_args or ())
+    if options is None:
+        options = take_from(dict(argument.split("=", 1) for argument in args.network_args or ()))
     trainer.__class__ = masked_class(type(trainer))
-    trainer.start_masks(take_from(arguments), args)
+    trainer.start_masks(options, args)
     # What the saved LoRA says it is: tools that load it know this name.
     args.network_module = f"networks.{name}"
 

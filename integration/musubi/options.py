@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 NORMALIZE_ACROSS = ("rank", "world", "accumulation")
 
 
-def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None, kind: type | None = None) -> Any:
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, kind: type | None = None) -> Any:
     return dataclasses.field(
         default=default, metadata={"help": text, "choices": choices, "kind": kind or type(default)}
     )
@@ -29,41 +29,43 @@ class MaskOptions:
         UserError: naming the flag, its value and what is accepted, with exit status 2.
     """
 
-    use_mask_loss: bool = _flag(
+    use_mask_loss: bool = _option(
         False, "weight the loss by the masks in the latent caches (masked-loss cache adds them)"
     )
-    mask_gamma: float = _flag(1.0, "power of the mask, > 0; below 1 lifts grey values")
-    mask_min_weight: float = _flag(0.0, "weight of what the mask leaves out, in [0, 1); applied after gamma")
-    invert_mask: bool = _flag(False, "learn what the mask leaves out")
-    mask_blur_kernel_size: int = _flag(0, "width of a Gaussian blur in latent cells: 0 (off) or odd")
-    mask_normalization: str = _flag("weighted_mean", "how weighted errors become one number", NORMALIZATIONS)
-    normalize_per_sample: bool = _flag(False, "normalise within each sample, then average over samples")
-    mask_area_scale_beta: float = _flag(0.0, "scale the loss by (mean of the mask) ** BETA, to tame tiny masks; >= 0")
-    mask_probability: float = _flag(
+    mask_gamma: float = _option(1.0, "power of the mask, > 0; below 1 lifts grey values")
+    mask_min_weight: float = _option(0.0, "weight of what the mask leaves out, in [0, 1); applied after gamma")
+    invert_mask: bool = _option(False, "learn what the mask leaves out")
+    mask_blur_kernel_size: int = _option(0, "width of a Gaussian blur in latent cells: 0 (off) or odd")
+    mask_normalization: str = _option("weighted_mean", "how weighted errors become one number", NORMALIZATIONS)
+    normalize_per_sample: bool = _option(False, "normalise within each sample, then average over samples")
+    mask_area_scale_beta: float = _option(0.0, "scale the loss by (mean of the mask) ** BETA, to tame tiny masks; >= 0")
+    mask_probability: float = _option(
         1.0, "share of the batches that are masked, in [0, 1]; the others train on everything"
     )
-    loss_type: str = _flag("mse", "error per element", LOSS_TYPES)
-    loss_delta: float = _flag(1.0, "delta of huber, beta of smooth_l1; > 0")
-    inverted_mask_prior: bool = _flag(False, "outside the mask, keep to the prediction of a teacher")
-    inverted_mask_prior_weight: float = _flag(0.5, "weight of that term, >= 0; 0 turns it off")
-    prior_mask_threshold: float | None = _flag(
+    loss_type: str = _option("mse", "error per element", LOSS_TYPES)
+    loss_delta: float = _option(1.0, "delta of huber, beta of smooth_l1; > 0")
+    inverted_mask_prior: bool = _option(False, "outside the mask, keep to the prediction of a teacher")
+    inverted_mask_prior_weight: float = _option(0.5, "weight of that term, >= 0; 0 turns it off")
+    prior_mask_threshold: float | None = _option(
         None, "the prior covers where the mask is below this, in [0, 1], instead of 1 - weight", kind=float
     )
-    prior_teacher: str = _flag(
+    prior_teacher: str = _option(
         "base", "teacher: the model without the adapter, or with a moving average of the adapter", TEACHERS
     )
-    prior_ema_decay: float = _flag(0.999, "decay of that moving average per optimizer step, in [0, 1)")
-    prior_timestep_threshold: float = _flag(
+    prior_ema_decay: float = _option(0.999, "decay of that moving average per optimizer step, in [0, 1)")
+    prior_timestep_threshold: float = _option(
         0.0, "samples at or below this timestep (0 clean to 1000 noise) have no prior"
     )
-    prior_decay_schedule: str = _flag(
+    prior_decay_schedule: str = _option(
         "constant", "the prior's weight by timestep: falls towards 0 below --prior_decay_timestep_start", SCHEDULES
     )
-    prior_decay_timestep_start: float = _flag(300.0, "timestep, 0 to 1000, below which that schedule falls; full above")
-    prior_warmup_ratio: float = _flag(
+    prior_decay_timestep_start: float = _option(
+        300.0, "timestep, 0 to 1000, below which that schedule falls; full above"
+    )
+    prior_warmup_ratio: float = _option(
         0.0, "share of the training over which the prior's weight rises from 0, in [0, 1]"
     )
-    mask_normalize_across: str = _flag(
+    mask_normalize_across: str = _option(
         "rank",
         "whose weights share a denominator: one process, all processes, or also all accumulated micro-batches",
         NORMALIZE_ACROSS,

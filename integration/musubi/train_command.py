@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.family!r} is no model family: give one of {', '.join(TRAINERS)}", 2)
     try:
         launch(name, arguments, known.musubi)
-    except (UserError, KeyboardInterrupt):
+    except UserError:
         raise
     except Exception:
         # A fault inside the trainer is looked for with its traceback; one line would not do.

@@ -43,7 +43,7 @@ def run_caching_script(args: argparse.Namespace, prepared: list[Prepared], done:
     Raises:
         UserError: when the trainer cannot be imported, or its script fails or ends with an error status.
     """
-    script = _import(f"musubi_tuner.{SCRIPTS[args.arch]}")
+    script = import_trainer(f"musubi_tuner.{SCRIPTS[args.arch]}")
     folders = {os.path.realpath(one.dataset.cache_directory): one for one in prepared}
 
     def mask(path: Path) -> None:
@@ -95,14 +95,17 @@ def _wrap_saving(mask: Callable[[Path], None]) -> Callable[[], None]:
     )
 
 
-def _import(name: str) -> Any:
+def import_trainer(name: str, where: str = "put its src folder in PYTHONPATH") -> Any:
+    """A module of the trainer's package.
+
+    Raises:
+        UserError: when the trainer, or a package that it needs, is not installed; `where` is what else the user can do.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.startswith(error.name):
             raise UserError(
-                "musubi_tuner is not installed here: run this in the trainer's environment, or put its src folder in "
-                "PYTHONPATH",
-                2,
+                f"musubi_tuner is not installed here: run this in the trainer's environment, or {where}", 2
             ) from error
         raise UserError(f"the trainer needs the package {error.name!r}: install its requirements", 2) from error

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.grabcut import grab_cut
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
 
@@ -134,14 +135,8 @@ def find_subject(photo: Photo) -> np.ndarray:
     _paint(labels, box, scale, cv2.GC_PR_FGD)
     for part in photo.sure:
         _paint(labels, part, scale, cv2.GC_FGD)
-    # GrabCut needs both kinds: in a picture of a few pixels the margin can round to nothing.
-    if (labels == cv2.GC_BGD).any() and (labels != cv2.GC_BGD).any():
-        cv2.setRNGSeed(0)
-        background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
-        bgr = np.ascontiguousarray(small[..., ::-1])
-        cv2.grabCut(bgr, labels, (0, 0, 1, 1), background, foreground, GRABCUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
-    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
-    mask = cv2.resize(_tidied(found).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    found = grab_cut(small, labels, GRABCUT_ROUNDS)
+    mask = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     return np.clip(cv2.GaussianBlur(mask, (5, 5), 0), 0, 1)
 
 
@@ -153,13 +148,3 @@ def _central_box(height: int, width: int) -> Box:
 def _paint(labels: np.ndarray, box: Box, scale: float, label: int) -> None:
     left, top, right, bottom = (round(edge * scale) for edge in box)
     labels[top:bottom, left:right] = label
-
-
-def _tidied(found: np.ndarray) -> np.ndarray:
-    """Closes gaps, removes specks and parts below a tenth of the largest, and fills holes; uint8 0 or 1."""
-    found = cv2.morphologyEx(found, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9)))
-    found = cv2.morphologyEx(found, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
-    outlines, _ = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    areas = [cv2.contourArea(outline) for outline in outlines]
-    kept = [outline for outline, area in zip(outlines, areas, strict=True) if area >= 0.1 * max(areas)]
-    return cv2.drawContours(np.zeros_like(found), kept, -1, 1, cv2.FILLED)

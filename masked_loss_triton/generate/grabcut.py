@@ -66,17 +66,21 @@ def cut_out_box(picture: np.ndarray, box: Box) -> np.ndarray:
     """
     import cv2
 
+    from masked_loss_triton.masks.grabcut import grab_cut
+
     small, scale = _small(picture)
     labels = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
     left, top, right, bottom = (round(edge * scale) for edge in box)
     labels[top:bottom, left:right] = cv2.GC_PR_FGD
     axes = (int((right - left) * CORE), int((bottom - top) * CORE))
     cv2.ellipse(labels, ((left + right) // 2, (top + bottom) // 2), axes, 0, 0, 360, cv2.GC_FGD, cv2.FILLED)
-    return _enlarge(_tidied(_grab(small, labels, ROUNDS)), picture)
+    return _enlarge(grab_cut(small, labels, ROUNDS), picture)
 
 
 def _move(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     import cv2
+
+    from masked_loss_triton.masks.grabcut import grab_cut
 
     small, _ = _small(frame)
     before = cv2.resize(mask.astype(np.uint8), (small.shape[1], small.shape[0]), interpolation=cv2.INTER_AREA)
@@ -87,7 +91,7 @@ def _move(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     labels = np.where(cv2.dilate(before, disc) > 0, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
     labels[before > 0] = cv2.GC_PR_FGD
     labels[cv2.erode(before, disc) > 0] = cv2.GC_FGD
-    return _enlarge(_tidied(_grab(small, labels, FOLLOW_ROUNDS)), frame)
+    return _enlarge(grab_cut(small, labels, FOLLOW_ROUNDS), frame)
 
 
 def _small(picture: np.ndarray) -> tuple[np.ndarray, float]:
@@ -103,28 +107,3 @@ def _enlarge(found: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
     size = (picture.shape[1], picture.shape[0])
     return cv2.resize(found.astype(np.float32), size, interpolation=cv2.INTER_LINEAR) > 0.5
-
-
-def _grab(small: np.ndarray, labels: np.ndarray, rounds: int) -> np.ndarray:
-    import cv2
-
-    sure_or_probable = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    # It needs both kinds: in a picture of a few pixels the margin can round to nothing.
-    if sure_or_probable.any() and not sure_or_probable.all():
-        cv2.setRNGSeed(0)
-        background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
-        bgr = np.ascontiguousarray(small[..., ::-1])
-        cv2.grabCut(bgr, labels, (0, 0, 1, 1), background, foreground, rounds, cv2.GC_INIT_WITH_MASK)
-    return np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
-
-
-def _tidied(found: np.ndarray) -> np.ndarray:
-    """Closes gaps, removes specks and parts below a tenth of the largest, and fills holes; uint8 0 or 1."""
-    import cv2
-
-    found = cv2.morphologyEx(found, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9)))
-    found = cv2.morphologyEx(found, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
-    outlines, _ = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    areas = [cv2.contourArea(outline) for outline in outlines]
-    kept = [outline for outline, area in zip(outlines, areas, strict=True) if area >= 0.1 * max(areas)]
-    return cv2.drawContours(np.zeros_like(found), kept, -1, 1, cv2.FILLED)

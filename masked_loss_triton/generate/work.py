@@ -61,15 +61,15 @@ class Worker:
         return outcomes + (self._pictures(jobs, pictures) if jobs else [])
 
     def _pictures(self, jobs: list[Job], pictures: list[np.ndarray]) -> list[Outcome]:
+        if len(jobs) == 1:
+            return [self._guarded(jobs[0], lambda: self._write(jobs[0], self.engine.masks(pictures)[0]))]
         try:
             results = self.engine.masks(pictures)
-        except Exception:
-            if self.debug and len(jobs) == 1:
-                raise
-            if len(jobs) > 1:  # one of them spoils the batch, or all of them are too much for the memory
-                singles = zip(jobs, pictures, strict=True)
-                return [outcome for job, picture in singles for outcome in self._pictures([job], [picture])]
-            return [self._guarded(jobs[0], lambda: self._write(jobs[0], self.engine.masks(pictures)[0]))]
+        except (
+            Exception
+        ):  # one of them spoils the batch, or all of them are too much for the memory: one by one it shows
+            singles = zip(jobs, pictures, strict=True)
+            return [outcome for job, picture in singles for outcome in self._pictures([job], [picture])]
         return [
             self._guarded(job, lambda job=job, result=result: self._write(job, result))
             for job, result in zip(jobs, results, strict=True)

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.budgets import REGISTERS
 from bench.cases import build
-from bench.variants import REGISTERS, TARGETS, VARIANTS
+from bench.variants import TARGETS, VARIANTS
 
 # The subset that fits into two minutes; `python -m bench.compiled` and `python -m bench.gate` do all variants.
 CHECKED = ("main", "prior bf16", "flow", "26x38", "pixels uint8 bf16")

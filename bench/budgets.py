@@ -1,0 +1,13 @@
+"""Registers that a thread of each kernel may use, as the launch configurations state and explain them."""
+
+from __future__ import annotations
+
+from masked_loss_triton.kernels.loss import LossLaunch, ScaleLaunch
+from masked_loss_triton.kernels.weights import WeightsLaunch
+
+REGISTERS = {
+    "loss_kernel": LossLaunch.registers,
+    "weights_kernel": WeightsLaunch.registers,
+    "resample_kernel": WeightsLaunch.resample_registers,
+    "scale_kernel": ScaleLaunch.registers,
+}
