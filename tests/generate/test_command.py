@@ -219,11 +219,12 @@ def test_killed_and_resumed_gives_the_same_files(folder):
     command = [sys.executable, "-c", RUN, "generate", *paths, "--backend", "grabcut", "--sheet_limit", "0"]
     total, partial = len(contents(folder / "whole")), 0
     for enough in (1, 4, 9, 15, 30, 50):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and sum(file.is_file() for file in folder.glob("out/**/[!.]*.png")) < enough:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                while process.poll() is None and masks_on_disk(folder / "out") < enough:
+                    time.sleep(0.002)
+            finally:
+                process.kill()
         done = {name for name in contents(folder / "out") if "masktmp" not in name}
         partial += 0 < len(done) < total
         for name in done:  # what has its name is whole
@@ -231,6 +232,12 @@ def test_killed_and_resumed_gives_the_same_files(folder):
     assert partial > 1, "hardly a run was killed on its way: the test has shown nothing"
     assert generate(folder) == 0
     assert contents(folder / "out") == contents(folder / "whole")
+
+
+def masks_on_disk(path):
+    """Counted while another process writes and renames there: os.walk passes over folders that have just gone, glob raises."""
+    names = (name for _, _, names in os.walk(path) for name in names)
+    return sum(name.endswith(".png") and not name.startswith(".") for name in names)
 
 
 def contents_or_none(folder):
