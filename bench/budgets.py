@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from masked_loss_triton.kernels.loss import LossLaunch, ScaleLaunch
-from masked_loss_triton.kernels.weights import WeightsLaunch
+from masked_loss_triton.kernels.launch_loss import LossLaunch, ScaleLaunch
+from masked_loss_triton.kernels.launch_weights import WeightsLaunch
 
 REGISTERS = {
     "loss_kernel": LossLaunch.registers,

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from bench.cases import Call
 from masked_loss_triton.backend import fused
 from masked_loss_triton.inputs import describe
-from masked_loss_triton.kernels import loss as loss_kernels
+from masked_loss_triton.kernels import launch_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +90,12 @@ _compiled: dict[Any, Any] = {}
 @contextlib.contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
     """The launchers choose as on a device with `count` multiprocessors, and not as for a CPU tensor."""
-    original = loss_kernels._multiprocessors
-    loss_kernels._multiprocessors = lambda device: count
+    original = launch_loss._multiprocessors
+    launch_loss._multiprocessors = lambda device: count
     try:
         yield
     finally:
-        loss_kernels._multiprocessors = original
+        launch_loss._multiprocessors = original
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import triton
 
 from bench.launches import Device
-from masked_loss_triton.kernels import loss as loss_kernels
+from masked_loss_triton.kernels import launch_loss
 
 NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Place = tuple[str, int]  # file, line
@@ -201,7 +201,7 @@ def _accesses(file: str) -> dict[int, str]:
 
 
 # Now, as Triton has read the kernels now: who edits them while this runs gets true names all the same.
-for _file in pathlib.Path(loss_kernels.__file__).parent.glob("*.py"):
+for _file in pathlib.Path(launch_loss.__file__).parent.glob("*.py"):
     _accesses(str(_file))
 
 

@@ -7,26 +7,10 @@ with a = s w and b = r v: the weights times the factor of the sample, which hold
 written. The last program to finish adds the partial losses, always in the same order.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import functools
-import math
-from typing import Any, ClassVar
-
-import torch
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.reduction import (
-    MEAN,
-    MEAN_ONE,
-    STATS,
-    WEIGHTED_MEAN,
-    factors,
-    sum_of,
-    write_weight_stats,
-)
+from masked_loss_triton.kernels.reduction import factors, sum_of, write_weight_stats
 from masked_loss_triton.kernels.stages import (
     binarized_and_inverted,
     read,
@@ -34,8 +18,6 @@ from masked_loss_triton.kernels.stages import (
     split_position,
     target_and_prior_weight,
 )
-from masked_loss_triton.kernels.strides import common_divisor, position_stride, span, used_strides
-from masked_loss_triton.kernels.weights import MaskWeights, stage_arguments
 
 
 @triton.jit
@@ -83,15 +65,15 @@ def loss_kernel(
     loss_ptr,  # () float32
     stats_ptr,  # (STATS,) float32
     ticket_ptr,  # () int32
-    binarize,
+    prior_weight,
+    flow_sign,
+    binarize,  # from here on a plan has the arguments (launch_loss.py)
     gamma,
     min_weight,
     prior_threshold,
-    prior_weight,
     area_scale_beta,
     eps,
     delta,
-    flow_sign,
     batch,
     channels,
     frames,
@@ -331,231 +313,3 @@ def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(gradient_ptr + index, mask=index < count, other=0.0).to(tl.float32) * grad_output
         tl.store(gradient_ptr + index, value.to(gradient_ptr.dtype.element_ty), mask=index < count)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossLaunch:
-    """Launch configuration of the loss kernel.
-
-    vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
-        access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
-        the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
-        the innermost axis it is the other way.
-    channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
-        mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
-        comes from the second-level cache.
-    registers: what a thread may use at most. With 128 of them 4 programs of 128 threads fit on every NVIDIA multiprocessor,
-        and each has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors x 128 threads). 16 KB is what 3.35 TB/s
-        times 0.6 microseconds need for each multiprocessor of an H100: one program would nearly do. `python -m bench.gate`
-        holds the compiled code to it.
-    """
-
-    vector: int
-    block_p: int
-    block_c: int
-    channel_blocks: int
-    num_warps: int = 4
-    registers: ClassVar[int] = 128
-
-    @classmethod
-    def choose(
-        cls, batch: int, channels: int, positions: int, itemsize: int, channels_innermost: bool, multiprocessors: int
-    ) -> LossLaunch:
-        vector = 16 // max(itemsize, 2)
-        if channels_innermost:
-            block_c = min(32, triton.next_power_of_2(channels))
-            block_p = max(16, 128 * 16 // block_c)
-        else:
-            block_p = 128 * vector
-            while block_p > 128 and block_p // 2 >= positions:
-                block_p //= 2
-            block_c = min(16 // vector, triton.next_power_of_2(channels))
-        all_blocks = triton.cdiv(channels, block_c)
-        programs = triton.cdiv(positions, block_p) * batch
-        # Two programs of four warps per multiprocessor keep 32 KB in flight there, twice what its memory latency needs.
-        groups = min(
-            all_blocks, max(1, triton.cdiv(2 * multiprocessors, programs) if programs < multiprocessors else 1)
-        )
-        channel_blocks = triton.cdiv(all_blocks, groups)
-        return cls(vector, block_p, block_c, channel_blocks)
-
-    def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
-        return (
-            triton.cdiv(positions, self.block_p),
-            triton.cdiv(channels, self.block_c * self.channel_blocks),
-            batch,
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # the interpreter; small, but enough that small inputs take the path that splits the channels
-
-
-NORMALIZATIONS = {"weighted_mean": WEIGHTED_MEAN.value, "mean_one": MEAN_ONE.value, "mean": MEAN.value}
-
-
-def launch_loss(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    latents: torch.Tensor | None,
-    prior: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    weights: MaskWeights,
-    config: Any,
-    *,
-    flow_sign: int,
-    weighting: torch.Tensor | None,
-    prior_weight: torch.Tensor | float,
-    prior_gate: torch.Tensor | None,
-    mask_gate: torch.Tensor | None,
-    factors: torch.Tensor | None,
-    grad_output: torch.Tensor | None = None,
-    write_gradient: bool = True,
-    write_loss: bool = True,
-    stats: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One launch: (loss, stats, gradient); what was not asked for is an empty tensor.
-
-    Args:
-        pred, target, latents, prior: (B, C, F, H, W), any strides, any floating dtype.
-        mask, weights, prior_gate, mask_gate: what `launch_weights` took and gave.
-        factors: (2, B) float32, or None to make them from the sums in `weights`.
-        weighting, prior_weight: (B,) contiguous, or for the latter one number.
-        grad_output: 0-d; the gradient is multiplied by it before it is rounded to pred's dtype.
-
-    Returns:
-        loss: 0-d float32. stats: (STATS,) float32, only its first three without `stats`. gradient: as pred.
-    """
-    batch, channels, frames, height, width = pred.shape
-    positions = frames * height * width
-    device = pred.device
-    gradient = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
-    tensors: dict[str, torch.Tensor | None] = {"pred": pred, "target": target, "latents": latents, "prior": prior}
-    tensors["gradient"] = gradient if write_gradient else None
-    present = [tensor for tensor in tensors.values() if tensor is not None]
-    flat = all(position_stride(tensor) is not None for tensor in present)
-    direct_mask = mask if weights.w is None else None
-    mask_flat = direct_mask is not None and direct_mask.shape[1] == frames and position_stride(direct_mask) == 1
-    channels_innermost = channels > 1 and pred.stride(1) == 1 and positions > 1
-    itemsize = max(tensor.element_size() for tensor in present)
-    in_rows = flat and all(tensor.stride(1) == positions for tensor in present)
-    fold = 2 if in_rows and itemsize == 2 and positions % 8 == 4 and channels % 2 == 0 else 1
-
-    steps = {name: used_strides(tensor) for name, tensor in tensors.items() if tensor is not None}
-    steps = {name: (step[0], step[1] * fold, *step[2:]) for name, step in steps.items()}
-    used = [number for step in steps.values() for number in (step[:2] if flat else step[:4])]
-    divisor = common_divisor([positions * fold, *used], 16)
-    wide = max(span(tensor) for tensor in (*present, direct_mask) if tensor is not None) >= 2**31
-    strides: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        step_b, step_c, step_f, step_h, step_w = steps.get(name, (0,) * 5)
-        if flat and tensor is not None:
-            step_w = position_stride(tensor) or 0
-        values = (step_b // divisor, step_c // divisor, step_f // divisor, step_h // divisor, step_w)
-        strides |= {f"{name}_stride_{axis}": value for axis, value in zip("bcfhw", values, strict=True)}
-    mask_steps = (0,) * 4 if direct_mask is None else used_strides(direct_mask)
-    mask_divisor = common_divisor([mask_steps[0]], 16) if mask_flat else 1
-    strides |= dict(
-        mask_stride_b=mask_steps[0] // mask_divisor,
-        mask_stride_f=mask_steps[1],
-        mask_stride_h=mask_steps[2],
-        mask_stride_w=1 if mask_flat else mask_steps[3],
-    )
-
-    rows = channels // fold, positions * fold
-    launch = LossLaunch.choose(batch, *rows, itemsize, channels_innermost, _multiprocessors(device))
-    grid = launch.grid(batch, *rows)
-    programs = math.prod(grid)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    numbers_out = torch.empty(STATS, dtype=torch.float32, device=device)
-    terms = torch.empty((2, programs), dtype=torch.float32, device=device) if write_loss else None
-    per_sample_prior = prior_weight if isinstance(prior_weight, torch.Tensor) else None
-    tiles = weights.partials.shape[2]
-    per_sum = 1 if config.per_sample else batch
-    loss_kernel[grid](
-        pred_ptr=pred,
-        target_ptr=target,
-        latents_ptr=latents,
-        prior_ptr=prior,
-        gradient_ptr=gradient,
-        mask_ptr=direct_mask,
-        w_ptr=weights.w,
-        v_ptr=weights.v,
-        partials_ptr=weights.partials,
-        factors_ptr=factors,
-        weighting_ptr=weighting,
-        prior_weight_ptr=per_sample_prior,
-        grad_output_ptr=grad_output,
-        terms_ptr=terms,
-        loss_ptr=loss,
-        stats_ptr=numbers_out,
-        ticket_ptr=weights.ticket,
-        prior_weight=0.0 if per_sample_prior is not None else prior_weight,
-        area_scale_beta=config.area_scale_beta,
-        eps=config.eps,
-        delta=config.loss_delta,
-        flow_sign=float(flow_sign),
-        batch=batch,
-        channels=channels,
-        frames=frames,
-        height=height,
-        width=width,
-        tiles=tiles,
-        **strides,
-        **stage_arguments(config, prior is not None, prior_gate, mask_gate),
-        HAS_LATENTS=latents is not None,
-        HAS_PRIOR=prior is not None,
-        HAS_MASK=direct_mask is not None,
-        HAS_W=weights.w is not None,
-        HAS_V=weights.v is not None,
-        HAS_FACTORS=factors is not None,
-        HAS_WEIGHTING=weighting is not None,
-        HAS_PRIOR_WEIGHT=per_sample_prior is not None,
-        HAS_AREA_SCALE=config.area_scale_beta != 0,
-        HAS_GRAD_OUTPUT=grad_output is not None,
-        WRITE_GRADIENT=write_gradient,
-        WRITE_LOSS=write_loss,
-        WRITE_WEIGHT_STATS=stats,
-        IS_UINT8=direct_mask is not None and direct_mask.dtype == torch.uint8,
-        NORMALIZATION=NORMALIZATIONS[config.normalization],
-        PER_SAMPLE=config.per_sample,
-        LOSS_TYPE=config.loss_type,
-        FLAT=flat,
-        FOLD=fold,
-        MASK_FLAT=mask_flat,
-        DIVISOR=divisor,
-        MASK_DIVISOR=mask_divisor,
-        VECTOR=launch.vector,
-        OFFSET=tl.int64 if wide else tl.int32,
-        # At least one element per thread: fewer would be read once by every warp.
-        BLOCK_TILES=max(32 * launch.num_warps, triton.next_power_of_2(min(1024, tiles * per_sum))),
-        BLOCK_C=launch.block_c,
-        CHANNEL_BLOCKS=launch.channel_blocks,
-        BLOCK_P=launch.block_p,
-        num_warps=launch.num_warps,
-    )
-    return loss, numbers_out, gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleLaunch:
-    """Launch configuration of the scale kernel.
-
-    block: 4096 elements on 4 warps, 32 per thread: a plain backward starts few programs that read one number and return.
-    registers: what a thread may use at most: its 32 elements and little else. 12 programs are resident.
-    """
-
-    block: int = 4096
-    num_warps: int = 4
-    registers: ClassVar[int] = 40
-
-
-def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
-    """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
-    launch, count = ScaleLaunch(), gradient.numel()
-    scale_kernel[(triton.cdiv(count, launch.block),)](
-        gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=launch.block, num_warps=launch.num_warps
-    )

@@ -33,7 +33,7 @@ def in_memory_order(
     shape = pred.shape
     factors = [None if x is None else x.expand(shape) for x in (a, b)]
     tensors = [pred, target, latents, prior, *factors, gradient]
-    steps = [None if x is None else position_stride(x) for x in tensors]
+    steps = [None if x is None else position_stride(x.shape, x.stride()) for x in tensors]
     if all(x is None or step is not None for x, step in zip(tensors, steps, strict=True)):
         shape = torch.Size((shape[0], shape[1], math.prod(shape[2:])))
         tensors = [

@@ -16,8 +16,9 @@ import torch
 from masked_loss_triton.backend import distinct, refuse_second_derivative
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.inputs import LossInputs
-from masked_loss_triton.kernels import loss as loss_kernels
-from masked_loss_triton.kernels import weights as weight_kernels
+from masked_loss_triton.kernels.launch_loss import launch_loss, launch_scale
+from masked_loss_triton.kernels.launch_weights import launch_weights
+from masked_loss_triton.kernels.reduction import STATS
 from masked_loss_triton.reduction import loss_factors, needs_exchange
 from masked_loss_triton.stats import MaskedLossStats
 
@@ -77,7 +78,7 @@ class FusedLoss(torch.autograd.Function):
             gradient = _run("gradient", *tensors, grad_output, *ctx.options)
         else:
             with _on_device(gradient):
-                loss_kernels.launch_scale(gradient, grad_output)
+                launch_scale(gradient, grad_output)
         return gradient, *([None] * 13)
 
 
@@ -134,7 +135,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _weights(mask, prior_gate, mask_gate, shape, device, has_prior: bool, text: str, stats: bool = False):
     batch, *grid = shape
-    return weight_kernels.launch_weights(
+    return launch_weights(
         mask,
         _from_text(text),
         tuple(grid),
@@ -153,7 +154,7 @@ def _launch(tensors, options, stats: bool = False, **how: Any):
     shape = (pred.shape[0], *pred.shape[2:])
     with _on_device(pred):
         weights = _weights(mask, prior_gate, mask_gate, shape, pred.device, prior is not None, text, stats)
-        return loss_kernels.launch_loss(
+        return launch_loss(
             pred,
             target,
             latents,
@@ -179,7 +180,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pred, write_gradient = arguments[0], arguments[-1]
-    total, numbers = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), (loss_kernels.STATS,)))
+    total, numbers = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), (STATS,)))
     return total, numbers, torch.empty_like(pred) if write_gradient else pred.new_empty(0)
 
 
@@ -197,7 +198,7 @@ def _sums(like, mask, prior_gate, mask_gate, shape, has_prior, config) -> torch.
 def _scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     scaled = gradient.clone()
     with _on_device(gradient):
-        loss_kernels.launch_scale(scaled, grad_output)
+        launch_scale(scaled, grad_output)
     return scaled
 
 

@@ -1,0 +1,148 @@
+"""What one call of the loss costs the host: checks, autograd, allocation and Triton's dispatch, before any kernel runs.
+
+    python -m bench.host
+
+With a GPU the kernels are launched, and the queue is empty when a round starts. Without one, each launch is bound and looked up as
+the JIT does, and dropped: what the driver takes is missing. Tensors are small, so that nothing waits for data; on a CPU the eager
+recipes compute on four elements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
+
+from bench.cases import Call, Case, build
+from bench.launches import DEVICES, multiprocessors
+from bench.recipes import RECIPES
+from masked_loss_triton import loss as public
+
+CASES = (Case(latents="16x1x26x38"), Case(latents="16x1x26x38", prior=True))
+
+
+def microseconds(work: Callable[[], Any], rounds: int = 30, calls: int = 100) -> float:
+    """Time until a call returns: the median over rounds of their mean."""
+    times = []
+    for _ in range(rounds + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times[1:]) * 1e6
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _dropped(self: JITFunction, *_: Any, **__: Any) -> None:
+    """In place of `JITFunction.run`: no dispatch at all."""
+
+
+@functools.cache
+def _binder(kernel: JITFunction) -> tuple[Callable[..., Any], dict[Any, Any]]:
+    backend = make_backend(DEVICES["sm_90"].target)
+    return create_function_from_signature(kernel.signature, kernel.params, backend), {}
+
+
+def _looked_up(self: JITFunction, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
+    """In place of `JITFunction.run`: what the JIT does to find the compiled kernel, and no launch."""
+    bind, keys = _binder(self)
+    _, specialization, options = bind(*arguments, **keywords, debug=False, instrumentation_mode="")
+    compute_cache_key(keys, specialization, options)
+
+
+def _backward(forward: Callable[[], torch.Tensor], call: Call) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(forward(), call.pred)
+
+
+def of_ours(case: Case, device: torch.device) -> dict[str, float | str]:
+    """One row: a call of `masked_loss` on the triton backend, and what of it each part takes."""
+    call = build(case, device)
+
+    def forward() -> torch.Tensor:
+        return public.masked_loss(call.pred, call.target, call.mask, call.config, prior=call.prior, backend="triton")
+
+    both = _backward(forward, call)
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":  # where `choose` would refuse, and the launchers take another configuration
+            stack.enter_context(replaced(public, "choose", lambda name, pred: name))
+            stack.enter_context(multiprocessors(DEVICES["sm_90"].multiprocessors))
+        with replaced(JITFunction, "run", _dropped):
+            ours, ours_both = microseconds(forward), microseconds(both)
+        with replaced(JITFunction, "run", _looked_up):
+            found, found_both = microseconds(forward), microseconds(both)
+        row: dict[str, float | str] = {
+            "case": case.name,
+            "loss": "ours, triton",
+            "forward": found,
+            "forward and backward": found_both,
+            "of it ours": ours_both,
+            "of it Triton's lookup": found_both - ours_both,
+            "driver": "not called",
+        }
+        if device.type == "cuda":
+            row |= {"forward": microseconds(forward), "forward and backward": microseconds(both)}
+            row["driver"] = float(row["forward and backward"]) - found_both
+    return row | {"forward": row["forward"]}
+
+
+def of_peer(name: str, case: Case, device: torch.device) -> dict[str, float | str]:
+    call = build(case, device)
+    if device.type == "cpu":
+        corner = (..., slice(1), slice(2), slice(2))
+        pred = call.pred.detach()[:, :1][corner].clone().requires_grad_()
+        tensors = [pred, call.target[:, :1][corner], call.mask[corner]]  # type: ignore[index]
+        call = Call(*tensors, None if call.prior is None else call.prior[:, :1][corner], call.config, call.layout)
+
+    def forward() -> torch.Tensor:
+        return RECIPES[name](call.pred, call.target, call.mask, call.prior)  # type: ignore[arg-type]
+
+    return {
+        "case": case.name,
+        "loss": name,
+        "forward": microseconds(forward),
+        "forward and backward": microseconds(_backward(forward, call)),
+    }
+
+
+def report() -> list[dict[str, float | str]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for case in CASES:
+        rows.append(of_ours(case, device))
+        rows += [of_peer(name, case, device) for name, recipe in RECIPES.items() if recipe.takes_prior == case.prior]
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0]).parse_args(arguments)
+    print(f"{'microseconds':<24}{'':<31}{'forward':>9}{'both':>9}{'ours':>9}{'lookup':>9}{'driver':>13}")
+    for row in report():
+        parts = [row.get(name, "") for name in ("of it ours", "of it Triton's lookup", "driver")]
+        cells = [x if isinstance(x, str) else f"{x:.0f}" for x in (row["forward"], row["forward and backward"], *parts)]
+        widths = (9, 9, 9, 9, 13)
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{row['case']:<24}{row['loss']:<31}{line}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
