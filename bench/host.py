@@ -29,8 +29,8 @@ from masked_loss_triton import loss as public
 CASES = (Case(latents="16x1x26x38"), Case(latents="16x1x26x38", prior=True))
 
 
-def microseconds(work: Callable[[], Any], rounds: int = 30, calls: int = 100) -> float:
-    """Time until a call returns: the median over rounds of their mean."""
+def microseconds(work: Callable[[], Any], rounds: int, calls: int = 100) -> float:
+    """Time until a call returns: the median over rounds of their mean, without the first round, which warms up."""
     times = []
     for _ in range(rounds + 1):
         if torch.cuda.is_available():
@@ -73,8 +73,9 @@ def _backward(forward: Callable[[], torch.Tensor], call: Call) -> Callable[[], A
     return lambda: torch.autograd.grad(forward(), call.pred)
 
 
-def of_ours(case: Case, device: torch.device) -> dict[str, float | str]:
-    """One row: a call of `masked_loss` on the triton backend, and what of it each part takes."""
+def of_ours(case: Case, device: torch.device, rounds: int) -> dict[str, float | str]:
+    """One row, in microseconds: a call of `masked_loss` on the triton backend. Of "both" (forward and backward) our own code,
+    autograd and the allocations take "ours", Triton's way to the compiled kernel "lookup", the launch itself "driver"."""
     call = build(case, device)
 
     def forward() -> torch.Tensor:
@@ -86,25 +87,25 @@ def of_ours(case: Case, device: torch.device) -> dict[str, float | str]:
             stack.enter_context(replaced(public, "choose", lambda name, pred: name))
             stack.enter_context(multiprocessors(DEVICES["sm_90"].multiprocessors))
         with replaced(JITFunction, "run", _dropped):
-            ours, ours_both = microseconds(forward), microseconds(both)
+            ours_both = microseconds(both, rounds)
         with replaced(JITFunction, "run", _looked_up):
-            found, found_both = microseconds(forward), microseconds(both)
-        row: dict[str, float | str] = {
-            "case": case.name,
-            "loss": "ours, triton",
-            "forward": found,
-            "forward and backward": found_both,
-            "of it ours": ours_both,
-            "of it Triton's lookup": found_both - ours_both,
-            "driver": "not called",
-        }
+            found, found_both = microseconds(forward, rounds), microseconds(both, rounds)
+        whole, whole_both, driver = found, found_both, "not called"
         if device.type == "cuda":
-            row |= {"forward": microseconds(forward), "forward and backward": microseconds(both)}
-            row["driver"] = float(row["forward and backward"]) - found_both
-    return row | {"forward": row["forward"]}
+            whole, whole_both = microseconds(forward, rounds), microseconds(both, rounds)
+            driver = whole_both - found_both
+    return {
+        "case": case.name,
+        "loss": "ours, triton",
+        "forward": whole,
+        "both": whole_both,
+        "ours": ours_both,
+        "lookup": found_both - ours_both,
+        "driver": driver,
+    }
 
 
-def of_peer(name: str, case: Case, device: torch.device) -> dict[str, float | str]:
+def of_peer(name: str, case: Case, device: torch.device, rounds: int) -> dict[str, float | str]:
     call = build(case, device)
     if device.type == "cpu":
         corner = (..., slice(1), slice(2), slice(2))
@@ -118,28 +119,30 @@ def of_peer(name: str, case: Case, device: torch.device) -> dict[str, float | st
     return {
         "case": case.name,
         "loss": name,
-        "forward": microseconds(forward),
-        "forward and backward": microseconds(_backward(forward, call)),
+        "forward": microseconds(forward, rounds),
+        "both": microseconds(_backward(forward, call), rounds),
     }
 
 
-def report() -> list[dict[str, float | str]]:
+def report(rounds: int = 30) -> list[dict[str, float | str]]:
+    """Ours and the eager recipes; see `of_ours` for the columns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for case in CASES:
-        rows.append(of_ours(case, device))
-        rows += [of_peer(name, case, device) for name, recipe in RECIPES.items() if recipe.takes_prior == case.prior]
+        peers = [name for name, recipe in RECIPES.items() if recipe.takes_prior == case.prior]
+        rows += [of_ours(case, device, rounds), *(of_peer(name, case, device, rounds) for name in peers)]
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0]).parse_args(arguments)
-    print(f"{'microseconds':<24}{'':<31}{'forward':>9}{'both':>9}{'ours':>9}{'lookup':>9}{'driver':>13}")
-    for row in report():
-        parts = [row.get(name, "") for name in ("of it ours", "of it Triton's lookup", "driver")]
-        cells = [x if isinstance(x, str) else f"{x:.0f}" for x in (row["forward"], row["forward and backward"], *parts)]
-        widths = (9, 9, 9, 9, 13)
-        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of 100 calls (default: 30)")
+    columns = ("forward", "both", "ours", "lookup", "driver")
+    rows = report(parser.parse_args(arguments).rounds)
+    print(f"{'microseconds':<55}" + "".join(f"{column:>11}" for column in columns))
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        line = "".join(f"{cell:>11}" if isinstance(cell, str) else f"{cell:>11.0f}" for cell in cells)
         print(f"{row['case']:<24}{row['loss']:<31}{line}")
     return 0
 

@@ -29,7 +29,7 @@ from bench.cases import LARGE, MAIN, Case
 from bench.environment import ROOT, device_name, environment, slug
 from bench.variants import TARGETS, VARIANTS
 
-PARTS = ("time", "ledger", "compiled", "emulated")
+PARTS = ("time", "host", "ledger", "compiled", "emulated")
 Rows = list[dict[str, Any]]
 FEW_VARIANTS = (
     "main", "main bf16", "main fp16", "prior", "prior bf16", "flow", "stages", "pixels uint8 bf16", "blur", "channels last",
@@ -103,6 +103,12 @@ def compiled_rows(full: bool) -> Rows:
         plain["stores"] = compiled.widths(row.code.stores)
         rows.append(plain)
     return rows
+
+
+def host_rows() -> Rows:
+    from bench import host  # looks at launches, which there are none of where kernels are interpreted
+
+    return host.report()
 
 
 def emulated_rows() -> Rows:
@@ -179,6 +185,9 @@ def write_report(folder: pathlib.Path, results: dict[str, Rows], about: dict[str
         columns = ("case", "loss", "milliseconds", "best eager / this", "this / floor", "gb_per_s", "peak_n")
         pages += ["## Forward and backward", markdown(with_speed(rows), columns)]
         pages += plots.time(rows, folder)
+    if rows := results.get("host"):
+        columns = ("case", "loss", "forward", "both", "ours", "lookup", "driver")
+        pages += ["## Host time of a call (microseconds)", markdown(rows, columns)]
     if rows := results.get("ledger"):
         columns = ("name", "case", "bytes", "launches", "synchronisations", "peak", "executed")
         pages += ["## Bytes, launches, synchronisations, memory (in units of pred)", markdown(rows, columns)]
@@ -228,6 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, Rows] = {}
     if "time" in options.only:
         results["time"], results["other"] = timed(options.all, options.busy)
+    if "host" in options.only:
+        results["host"] = host_rows()
     if "ledger" in options.only:
         results["ledger"] = counted(options.all)
     if "compiled" in options.only:

@@ -84,8 +84,10 @@ def distinct(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None
 
     Dynamo takes no tensor twice as an argument of an autograd.Function.
     """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
     result: list[torch.Tensor | None] = []
     for tensor in tensors:
-        again = torch.compiler.is_compiling() and tensor is not None and any(tensor is other for other in result)
+        again = tensor is not None and any(tensor is other for other in result)
         result.append(tensor.view(tensor.shape) if again and tensor is not None else tensor)
     return result

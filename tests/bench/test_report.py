@@ -29,6 +29,7 @@ def results():
             measured("sd-scripts", time=6e-3), measured("blissful", time=4e-3), measured("ours, torch", time=2e-3),
             measured("floor"), measured("copy"), measured("ours, torch", "forward"),
         ],
+        "host": [{"case": "1x16x1x26x38 fp32", "loss": "blissful", "forward": 30.0, "both": 80.0}],
         "ledger": [{"name": "ours, triton backend", "case": "1x16x21x60x104 fp32", **entry}],
         "compiled": [code],
         "emulated": [],
@@ -38,7 +39,7 @@ def results():
 def test_every_row_has_device_versions_and_commit(results, tmp_path):
     about = environment()
     report.write_report(tmp_path, results, about)
-    for name in ("time", "ledger", "compiled"):
+    for name in ("time", "host", "ledger", "compiled"):
         with (tmp_path / f"{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(results[name])
