@@ -79,8 +79,9 @@ NORMALIZATIONS = {"weighted_mean": WEIGHTED_MEAN.value, "mean_one": MEAN_ONE.val
 
 
 class Present(NamedTuple):
-    """Which optional arguments a call has, and what it asks for."""
+    """Which optional arguments a call has, and what it asks for. one_frame: the weights or the mask have one, pred has several."""
 
+    one_frame: bool
     w: bool
     v: bool
     factors: bool
@@ -126,7 +127,7 @@ def plan_loss(
     tensors = {"pred": pred, "target": target, "latents": latents, "prior": prior, "gradient": gradient}
     given = [tensor for tensor in tensors.values() if tensor is not None]
     flat = all(tensor.position_stride is not None for tensor in given)
-    mask_flat = mask is not None and mask.shape[1] == frames and mask.position_stride == 1
+    mask_flat = mask is not None and mask.position_stride == 1
     channels_innermost = channels > 1 and pred.strides[1] == 1 and positions > 1
     itemsize = max(tensor.dtype.itemsize for tensor in given)
     in_rows = flat and all(tensor.strides[1] == positions for tensor in given)
@@ -187,6 +188,9 @@ def plan_loss(
         FLAT=flat,
         FOLD=fold,
         MASK_FLAT=mask_flat,
+        ONE_FRAME=present.one_frame,
+        # Neighbours whose weights are neighbours too: their number divides every place where a frame or a fold ends.
+        CELL_VECTOR=common_divisor([height * width if present.one_frame else positions], launch.vector),
         DIVISOR=divisor,
         MASK_DIVISOR=mask_divisor,
         VECTOR=launch.vector,
@@ -236,7 +240,9 @@ def launch_loss(
     gradient = torch.empty_like(pred) if write_gradient else pred.new_empty(0)
     direct_mask = mask if weights.w is None else None
     prior_weights = prior_weight if isinstance(prior_weight, torch.Tensor) else None
+    weight_frames = next((x.shape[1] for x in (weights.w, mask) if x is not None), 1)
     present = Present(
+        one_frame=weight_frames == 1 < pred.shape[2],
         w=weights.w is not None,
         v=weights.v is not None,
         factors=factors is not None,

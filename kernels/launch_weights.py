@@ -20,8 +20,9 @@ class WeightsLaunch:
     """Launch configuration of the weights kernel.
 
     block: 512 positions on 4 warps: four per thread, so that a float32 mask on the grid is read 128 bits at a time.
-    tiles: programs per sample. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256 bytes
-        beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes.
+    tiles: programs for the batch. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256
+        bytes beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes. A
+        mask that is resampled may weigh more than pred, and gets up to 256.
     registers, resample_registers: what a thread of this kernel, and of the resampling one before a blur, may use at most: 4 and 8
         programs are resident on every NVIDIA multiprocessor. Both read a mask, a sixteenth of pred.
     """
@@ -34,10 +35,10 @@ class WeightsLaunch:
     resample_registers: ClassVar[int] = 64
 
     @classmethod
-    def choose(cls, positions: int, batch: int) -> WeightsLaunch:
+    def choose(cls, positions: int, batch: int, resampled: bool) -> WeightsLaunch:
         block = 512
         blocks = ceil_div(positions, block)
-        tiles = min(blocks, max(1, 64 // batch))
+        tiles = min(blocks, max(1, (256 if resampled else 64) // batch))
         blocks_per_tile = ceil_div(blocks, tiles)
         return cls(block, ceil_div(blocks, blocks_per_tile), blocks_per_tile, 4)
 
@@ -48,7 +49,7 @@ class MaskWeights:
 
     partials: torch.Tensor  # (PLANES or PLANES_WITH_STATS, B, tiles) float32
     ticket: torch.Tensor  # () int32, 0 once the weights kernel ran
-    w: torch.Tensor | None  # (B, F, H, W) float32; None: the loss kernel makes it from the mask
+    w: torch.Tensor | None  # (B, F or 1, H, W) float32; None: the loss kernel makes it from the mask
     v: torch.Tensor | None
 
 
@@ -97,7 +98,8 @@ def in_order(kernel: Any, first: str, arguments: dict[str, Any]) -> tuple[Any, .
 def _resample_arguments(mask: Layout | None, grid: tuple[int, int, int], mode: str) -> dict[str, Any]:
     if mask is None:
         names = "mask_frames mask_height mask_width mask_stride_b mask_stride_f mask_stride_h mask_stride_w taps_f taps_h taps_w"
-        return dict.fromkeys(names.split(), 1) | dict(scale_h=1.0, scale_w=1.0, RESAMPLE="area", IS_UINT8=False)
+        ways = dict(RESAMPLE="area", IS_UINT8=False, FLAT=False, WINDOW_H=1, WINDOW_W=1)
+        return dict.fromkeys(names.split(), 1) | dict(scale_h=1.0, scale_w=1.0) | ways
     frames, height, width = grid
     _, mask_frames, mask_height, mask_width = mask.shape
     if (mask_height, mask_width) == (height, width):
@@ -118,7 +120,25 @@ def _resample_arguments(mask: Layout | None, grid: tuple[int, int, int], mode: s
         scale_w=mask_width / width,
         RESAMPLE=mode,
         IS_UINT8=mask.dtype == torch.uint8,
+        FLAT=mask.shape[1:] == grid and mask.position_stride == 1,
+        **_windows(mask, grid, mode),
     )
+
+
+def _divided(resampling: dict[str, Any], positions: int) -> dict[str, Any]:
+    """The step from sample to sample, and the number of positions in the kernel, divided by what divides both."""
+    divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
+    return resampling | dict(mask_stride_b=resampling["mask_stride_b"] // divisor, DIVISOR=divisor)
+
+
+def _windows(mask: Layout, grid: tuple[int, int, int], mode: str) -> dict[str, int]:
+    """The size of the window that each position covers exactly, 1 x 1 where there is none that can be read row by row."""
+    down, down_rest = divmod(mask.shape[2], grid[1])
+    across, across_rest = divmod(mask.shape[3], grid[2])
+    exact = mode == "area" and mask.strides[3] == 1 and (down_rest, across_rest) == (0, 0)
+    if exact and down <= 16 and across in (2, 4, 8, 16):
+        return dict(WINDOW_H=down, WINDOW_W=across)
+    return dict(WINDOW_H=1, WINDOW_W=1)
 
 
 @functools.cache
@@ -139,11 +159,13 @@ def _gaussian(kernel_size: int) -> tuple[float, float]:
 class WeightsPlan:
     """Everything of the launches that the numbers in the tensors do not change.
 
+    frames: of the weights, 1 where the mask has one.
     resample_grid, resample_arguments: of the launch before a blur, None and () without one.
     arguments: of the weights kernel, whose grid is (tiles, B). Both from `binarize` on.
     """
 
     launch: WeightsLaunch
+    frames: int
     planes: int
     writes_w: bool
     writes_v: bool
@@ -164,10 +186,14 @@ def plan_weights(
     stats: bool,
 ) -> WeightsPlan:
     """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew."""
-    frames, height, width = grid
-    positions = frames * height * width
-    launch = WeightsLaunch.choose(positions, batch)
     writes = not on_grid(mask, grid, config)
+    # A mask of one frame is made into weights once, and counted for each frame.
+    frames = 1 if mask is None or mask.shape[1] == 1 else grid[0]
+    repeats = grid[0] // frames
+    grid = (frames, *grid[1:])
+    _, height, width = grid
+    positions = frames * height * width
+    launch = WeightsLaunch.choose(positions, batch, mask is not None and mask.shape[2:] != grid[1:])
     stages = stage_arguments(config, has_prior, has_prior_gate, has_mask_gate)
     sizes = dict(frames=frames, height=height, width=width)
     source, kernel_size = mask, 1
@@ -177,21 +203,19 @@ def plan_weights(
         arguments = dict(
             **sizes,
             **{name: stages[name] for name in ("binarize", "HAS_BINARIZE", "INVERT")},
-            **_resample_arguments(mask, grid, config.resample),
+            **_divided(_resample_arguments(mask, grid, config.resample), positions),
             BLOCK=launch.block,
         )
         resample_arguments = in_order(resample_kernel, "binarize", arguments)
         source = Layout((mask.shape[0], *grid), (positions, height * width, width, 1), torch.float32)
         kernel_size = config.blur_kernel_size
     blur_exponent, blur_norm = _gaussian(kernel_size)
-    resampling = _resample_arguments(source, grid, config.resample)
-    divisor = common_divisor([positions, resampling["mask_stride_b"]], 16)
-    resampling["mask_stride_b"] //= divisor
     arguments = dict(
         **sizes,
         **stages,
-        **resampling,
+        **_divided(_resample_arguments(source, grid, config.resample), positions),
         blocks_per_tile=launch.blocks_per_tile,
+        repeats=repeats,
         blur_exponent=blur_exponent,
         blur_norm=blur_norm,
         HAS_MASK=mask is not None,
@@ -199,12 +223,11 @@ def plan_weights(
         WRITE_W=writes,
         WRITE_V=writes and has_prior,
         STATS=stats,
-        FLAT=source is not None and source.shape[1:] == grid and source.position_stride == 1,
-        DIVISOR=divisor,
         BLOCK=launch.block,
     )
     return WeightsPlan(
         launch=launch,
+        frames=frames,
         planes=PLANES_WITH_STATS if stats else PLANES,
         writes_w=writes,
         writes_v=writes and has_prior,
@@ -236,15 +259,16 @@ def launch_weights(
     """
     gates = prior_gate is not None, mask_gate is not None
     plan = plan_weights(Layout.of(mask), config, grid, batch, has_prior, *gates, stats)
+    shape = (plan.frames, *grid[1:])
     result = MaskWeights(
         partials=torch.empty((plan.planes, batch, plan.launch.tiles), dtype=torch.float32, device=device),
         ticket=torch.empty((), dtype=torch.int32, device=device),
-        w=torch.empty((batch, *grid), dtype=torch.float32, device=device) if plan.writes_w else None,
-        v=torch.empty((batch, *grid), dtype=torch.float32, device=device) if plan.writes_v else None,
+        w=torch.empty((batch, *shape), dtype=torch.float32, device=device) if plan.writes_w else None,
+        v=torch.empty((batch, *shape), dtype=torch.float32, device=device) if plan.writes_v else None,
     )
     source, num_warps = mask, plan.launch.num_warps
     if mask is not None and plan.resample_grid is not None:
-        source = torch.empty((mask.shape[0], *grid), dtype=torch.float32, device=device)
+        source = torch.empty((mask.shape[0], *shape), dtype=torch.float32, device=device)
         resample_kernel[plan.resample_grid](mask, source, *plan.resample_arguments, num_warps=num_warps)
     pointers = source, prior_gate, mask_gate, result.w, result.v, result.partials, result.ticket
     weights_kernel[(plan.launch.tiles, batch)](*pointers, *plan.arguments, num_warps=num_warps)

@@ -136,6 +136,8 @@ def loss_kernel(
     FLAT: tl.constexpr,
     FOLD: tl.constexpr,
     MASK_FLAT: tl.constexpr,
+    ONE_FRAME: tl.constexpr,
+    CELL_VECTOR: tl.constexpr,
     DIVISOR: tl.constexpr,
     MASK_DIVISOR: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -160,6 +162,7 @@ def loss_kernel(
     cell = position
     if FOLD == 2:
         cell = tl.where(position < grid_positions, position, position - grid_positions)
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     frame, row, column = split_position(cell, height, width)
     # Products with strides: 64-bit where a tensor spans 2^31 elements.
     cell, frame, row, column = cell.to(OFFSET), frame.to(OFFSET), row.to(OFFSET), column.to(OFFSET)
@@ -195,8 +198,13 @@ def loss_kernel(
         r = r * grad_output
 
     long_b = b.to(tl.int64)
+    weight_positions = grid_positions
+    if ONE_FRAME:
+        weight_positions = height * width
+        cell = cell % weight_positions
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     if HAS_W:
-        weight_offsets = long_b * (positions // FOLD) + cell
+        weight_offsets = long_b * (weight_positions // CELL_VECTOR * CELL_VECTOR) + cell
         w = tl.load(w_ptr + weight_offsets, mask=inside, other=0.0)
         v = tl.zeros_like(w)
         if HAS_V:
@@ -225,8 +233,10 @@ def loss_kernel(
     a = s * w
     b_weight = r * v
 
-    target_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    prior_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    # One sum per position: the channels of a block are added in the thread that holds them, and a sum per element would take four
+    # times the registers.
+    target_sum = tl.zeros((BLOCK_P,), tl.float32)
+    prior_sum = tl.zeros((BLOCK_P,), tl.float32)
     pred_offsets = long_b * (pred_stride_b * DIVISOR) + offsets_of(
         position, frame, row, column, pred_stride_f * DIVISOR, pred_stride_h * DIVISOR, pred_stride_w, FLAT
     )
@@ -256,7 +266,7 @@ def loss_kernel(
             x = tl.load(latents_ptr + latents_offsets + channel * (latents_stride_c * DIVISOR), mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
         error, slope = error_and_slope(p - t, delta, LOSS_TYPE)
-        target_sum += a * error
+        target_sum += tl.sum(a * error, axis=0)
         gradient = a * slope
         if HAS_PRIOR:
             prior_offsets = long_b * (prior_stride_b * DIVISOR) + offsets_of(
@@ -264,7 +274,7 @@ def loss_kernel(
             )
             q = tl.load(prior_ptr + prior_offsets + channel * (prior_stride_c * DIVISOR), mask=valid, other=0.0)
             error, slope = error_and_slope(p - q.to(tl.float32), delta, LOSS_TYPE)
-            prior_sum += b_weight * error
+            prior_sum += tl.sum(b_weight * error, axis=0)
             gradient += b_weight * slope
         if WRITE_GRADIENT:
             gradient_offsets = long_b * (gradient_stride_b * DIVISOR) + offsets_of(
@@ -286,8 +296,8 @@ def loss_kernel(
     if WRITE_LOSS:
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
         program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(terms_ptr + program, tl.sum(tl.sum(target_sum, axis=1), axis=0))
-        tl.store(terms_ptr + programs + program, tl.sum(tl.sum(prior_sum, axis=1), axis=0))
+        tl.store(terms_ptr + program, tl.sum(target_sum, axis=0))
+        tl.store(terms_ptr + programs + program, tl.sum(prior_sum, axis=0))
         # The barrier orders the stores of all threads before the release of the one that takes the ticket.
         tl.debug_barrier()
         if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:

@@ -159,8 +159,45 @@ def resampled(
 
 
 @triton.jit
+def averaged(
+    mask_ptr,  # at the sample
+    frame,
+    row,
+    column,
+    valid,
+    frames,
+    mask_frames,
+    mask_stride_f,
+    mask_stride_h,
+    taps_f,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    IS_UINT8: tl.constexpr,
+):
+    """`resampled` by area where every position covers WINDOW_H x WINDOW_W mask values exactly and rows are runs of memory.
+
+    A row of a window is read at once: neighbours read neighbouring windows, and no sector is asked for twice.
+    """
+    f_start, f_count = area_window(frame, mask_frames, frames)
+    tap_w = tl.arange(0, WINDOW_W)[None, :]
+    total = tl.zeros(frame.shape, tl.float32)
+    for kf in range(taps_f):
+        wanted = (valid & (kf < f_count))[:, None]
+        first = (f_start + kf).to(tl.int64) * mask_stride_f + (row * WINDOW_H).to(tl.int64) * mask_stride_h
+        offsets = (first + column * WINDOW_W)[:, None] + tap_w
+        of_frame = tl.zeros(frame.shape, tl.float32)
+        for kh in tl.static_range(WINDOW_H):
+            value = tl.load(mask_ptr + offsets + kh * mask_stride_h.to(tl.int64), mask=wanted, other=0)
+            # Bytes are summed as they are, exactly, and divided by 255 once.
+            of_frame += tl.sum(value.to(tl.float32) if IS_UINT8 else read(value, IS_UINT8), axis=1)
+        total += of_frame
+    count = f_count * (WINDOW_H * WINDOW_W)
+    return tl.math.div_rn(total, (count * 255 if IS_UINT8 else count).to(tl.float32))
+
+
+@triton.jit
 def on_grid_or_resampled(
-    mask_ptr,
+    mask_ptr,  # at the sample
     position,
     frame,
     row,
@@ -183,10 +220,28 @@ def on_grid_or_resampled(
     RESAMPLE: tl.constexpr,
     IS_UINT8: tl.constexpr,
     FLAT: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
 ):
-    """Stages 0 and 1; a mask that is one run on the grid of the loss needs no windows and no divisions."""
+    """Stages 0 and 1 by the shortest way: FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
     if FLAT:
         return read(tl.load(mask_ptr + position, mask=valid, other=0), IS_UINT8)
+    elif WINDOW_W > 1:
+        return averaged(
+            mask_ptr,
+            frame,
+            row,
+            column,
+            valid,
+            frames,
+            mask_frames,
+            mask_stride_f,
+            mask_stride_h,
+            taps_f,
+            WINDOW_H,
+            WINDOW_W,
+            IS_UINT8,
+        )
     else:
         return resampled(
             mask_ptr,

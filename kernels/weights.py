@@ -14,7 +14,6 @@ from masked_loss_triton.kernels.stages import (
     binarized_and_inverted,
     gaussian_tap,
     on_grid_or_resampled,
-    resampled,
     sample_gates,
     split_position,
     target_and_prior_weight,
@@ -24,7 +23,7 @@ from masked_loss_triton.kernels.stages import (
 @triton.jit
 def resample_kernel(
     mask_ptr,
-    raw_ptr,  # (B or 1, F, H, W) float32, contiguous
+    raw_ptr,  # (B or 1, F or 1, H, W) float32, contiguous
     binarize,
     frames,
     height,
@@ -43,18 +42,23 @@ def resample_kernel(
     scale_w,
     RESAMPLE: tl.constexpr,
     IS_UINT8: tl.constexpr,
+    FLAT: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
     HAS_BINARIZE: tl.constexpr,
     INVERT: tl.constexpr,
+    DIVISOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes the raw mask, grid (tiles, B or 1)."""
     b = tl.program_id(1).to(tl.int64)
-    positions = frames * height * width
+    positions = frames * height * width // DIVISOR * DIVISOR
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = position < positions
     frame, row, column = split_position(position, height, width)
-    m = resampled(
-        mask_ptr + b * mask_stride_b,
+    m = on_grid_or_resampled(
+        mask_ptr + b * (mask_stride_b * DIVISOR),
+        position,
         frame,
         row,
         column,
@@ -75,6 +79,9 @@ def resample_kernel(
         scale_w,
         RESAMPLE,
         IS_UINT8,
+        FLAT,
+        WINDOW_H,
+        WINDOW_W,
     )
     m = binarized_and_inverted(m, binarize, HAS_BINARIZE, INVERT)
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
@@ -85,8 +92,8 @@ def weights_kernel(
     mask_ptr,  # the mask, or under a blur the raw mask
     prior_gate_ptr,  # (B,)
     mask_gate_ptr,  # (B,) uint8
-    w_ptr,  # (B, F, H, W) float32, contiguous
-    v_ptr,  # (B, F, H, W) float32, contiguous
+    w_ptr,  # (B, F or 1, H, W) float32, contiguous
+    v_ptr,  # (B, F or 1, H, W) float32, contiguous
     partials_ptr,  # (PLANES, B, TILES) float32
     ticket_ptr,  # int32, set to 0 for the loss kernel that follows
     binarize,
@@ -111,6 +118,7 @@ def weights_kernel(
     scale_h,
     scale_w,
     blocks_per_tile,
+    repeats,  # frames of the loss for each frame of weights
     HAS_MASK: tl.constexpr,
     RESAMPLE: tl.constexpr,
     IS_UINT8: tl.constexpr,
@@ -126,10 +134,12 @@ def weights_kernel(
     WRITE_V: tl.constexpr,
     STATS: tl.constexpr,
     FLAT: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
     DIVISOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B).
+    """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B). A mask of one frame has weights of one.
 
     Sums over tiles are left to whoever reads them: a few dozen numbers, added in a fixed order, without atomics.
     """
@@ -196,6 +206,8 @@ def weights_kernel(
                     RESAMPLE,
                     IS_UINT8,
                     FLAT,
+                    WINDOW_H,
+                    WINDOW_W,
                 )
                 raw = binarized_and_inverted(raw, binarize, HAS_BINARIZE, INVERT)
                 blurred = raw
@@ -236,11 +248,11 @@ def weights_kernel(
     tiles = tl.num_programs(0)
     plane = tl.num_programs(1) * tiles
     partial_ptr = partials_ptr + b * tiles + tile
-    tl.store(partial_ptr + SUM_W * plane, tl.sum(sum_w, axis=0))
-    tl.store(partial_ptr + SUM_V * plane, tl.sum(sum_v, axis=0))
-    tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0))
+    tl.store(partial_ptr + SUM_W * plane, tl.sum(sum_w, axis=0) * repeats)
+    tl.store(partial_ptr + SUM_V * plane, tl.sum(sum_v, axis=0) * repeats)
+    tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0) * repeats)
     if STATS:
-        tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0))
+        tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0) * repeats)
         tl.store(partial_ptr + MIN_RAW * plane, tl.reduce(min_raw, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 1) * plane, -tl.reduce(-max_raw, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 2) * plane, tl.reduce(min_w, 0, smaller))
