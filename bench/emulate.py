@@ -44,6 +44,8 @@ CASES = {
     "26x38 prior bf16": Case(latents="16x1x26x38", prior=True, dtype=BF16),
     "26x38 flow bf16": Case(latents="16x1x26x38", flow=True, dtype=BF16),
     "26x38 pixels uint8": Case(latents="16x1x26x38", mask="pixels uint8"),
+    "21x60x104 one frame bf16": Case(mask="one frame", dtype=BF16),
+    "21x60x104 pixels": Case(mask="pixels"),
     "26x38 blur": Case(latents="16x1x26x38", config=MaskedLossConfig(blur_kernel_size=5)),
     "26x38 stages": Case(
         latents="16x1x26x38",

@@ -70,6 +70,8 @@ class Launch:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         keywords = dict(self.options, debug=False)
+        if target.backend != "cuda":
+            keywords.pop("maxnreg", None)  # as the launchers leave it out there
         bound, specialization, options = bind(**self.arguments, **keywords)
         # Private, but the only way to follow the JIT through its versions; tested with Triton 3.7 and 3.8.
         packed, signature, constants, attributes = self.kernel._pack_args(

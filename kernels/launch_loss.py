@@ -27,22 +27,31 @@ class LossLaunch:
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
         mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
         comes from the second-level cache.
-    registers: what a thread may use at most. With 128 of them 4 programs of 128 threads fit on every NVIDIA multiprocessor,
-        and each has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors x 128 threads). 16 KB is what 3.35 TB/s
-        times 0.6 microseconds need for each multiprocessor of an H100: one program would nearly do. `python -m bench.gate`
-        holds the compiled code to it.
+    registers: what a thread may use at most, and what the compiler is told. With 64, 8 programs of 128 threads fit on an NVIDIA
+        multiprocessor, with the 96 that a prior takes 5, and each has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors
+        x 128 threads). 16 KB is what 3.35 TB/s times 0.6 microseconds need for each multiprocessor of an H100: one program would
+        nearly do.
     """
 
     vector: int
     block_p: int
     block_c: int
     channel_blocks: int
+    registers: int
     num_warps: int = 4
-    registers: ClassVar[int] = 128
+    without_prior: ClassVar[int] = 64
+    with_prior: ClassVar[int] = 96
 
     @classmethod
     def choose(
-        cls, batch: int, channels: int, positions: int, itemsize: int, channels_innermost: bool, multiprocessors: int
+        cls,
+        batch: int,
+        channels: int,
+        positions: int,
+        itemsize: int,
+        channels_innermost: bool,
+        has_prior: bool,
+        multiprocessors: int,
     ) -> LossLaunch:
         vector = 16 // max(itemsize, 2)
         if channels_innermost:
@@ -58,7 +67,7 @@ class LossLaunch:
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, twice what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
         channel_blocks = ceil_div(all_blocks, groups)
-        return cls(vector, block_p, block_c, channel_blocks)
+        return cls(vector, block_p, block_c, channel_blocks, cls.with_prior if has_prior else cls.without_prior)
 
     def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
         return (
@@ -66,6 +75,12 @@ class LossLaunch:
             ceil_div(channels, self.block_c * self.channel_blocks),
             batch,
         )
+
+    def options(self) -> dict[str, int]:
+        """Of the launch. Without the limit, ptxas may spill registers for an occupancy that nobody needs."""
+        # Only the CUDA compiler knows the option; AMD's multiprocessors have twice the registers.
+        limit = {} if torch.version.hip else dict(maxnreg=self.registers)
+        return dict(num_warps=self.num_warps, **limit)
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,7 +116,7 @@ class LossPlan:
 
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]  # of the kernel, from `binarize` on
-    num_warps: int
+    options: dict[str, int]
 
 
 @functools.lru_cache(maxsize=256)
@@ -154,7 +169,7 @@ def plan_loss(
     )
 
     rows = channels // fold, positions * fold
-    launch = LossLaunch.choose(batch, *rows, itemsize, channels_innermost, multiprocessors)
+    launch = LossLaunch.choose(batch, *rows, itemsize, channels_innermost, prior is not None, multiprocessors)
     wide = max(tensor.span for tensor in (*given, mask) if tensor is not None) >= 2**31
     arguments = dict(
         area_scale_beta=config.area_scale_beta,
@@ -201,7 +216,7 @@ def plan_loss(
         CHANNEL_BLOCKS=launch.channel_blocks,
         BLOCK_P=launch.block_p,
     )
-    return LossPlan(launch.grid(batch, *rows), in_order(loss_kernel, "binarize", arguments), launch.num_warps)
+    return LossPlan(launch.grid(batch, *rows), in_order(loss_kernel, "binarize", arguments), launch.options())
 
 
 def launch_loss(
@@ -293,7 +308,7 @@ def launch_loss(
         0.0 if prior_weights is not None else prior_weight,
         float(flow_sign),
         *plan.arguments,
-        num_warps=plan.num_warps,
+        **plan.options,
     )
     return loss, numbers, gradient
 
@@ -315,5 +330,5 @@ def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
     """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
     launch, count = ScaleLaunch(), gradient.numel()
     scale_kernel[(ceil_div(count, launch.block),)](
-        gradient_ptr=gradient, grad_output_ptr=grad_output, count=count, BLOCK=launch.block, num_warps=launch.num_warps
+        gradient, grad_output, count, BLOCK=launch.block, num_warps=launch.num_warps
     )

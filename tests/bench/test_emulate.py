@@ -22,6 +22,8 @@ CHECKED = (
     "26x38 prior",
     "26x38 channels last",
     "26x38 pixels uint8",
+    "21x60x104 pixels",
+    "21x60x104 one frame bf16",
 )
 
 
@@ -46,6 +48,11 @@ def test_compiled_code_gives_the_numbers_of_the_reference(results, name):
 def test_sectors_are_full(results, name):
     for tensor in ("pred", "target", "gradient"):
         assert results[name]["fullness"][f"loss_kernel.{tensor}"] >= 0.95, tensor
+
+
+@pytest.mark.parametrize("name", ["26x38", "21x60x104", "21x60x104 pixels", "21x60x104 one frame bf16"])
+def test_sectors_of_the_mask_are_full_whatever_its_grid(results, name):
+    assert results[name]["fullness"]["weights_kernel.mask"] >= 0.95
 
 
 @pytest.mark.parametrize("name", ["26x38", "42x24", "21x60x104", "26x38 prior"])
