@@ -66,7 +66,7 @@ def blur(mask: torch.Tensor, kernel_size: int) -> torch.Tensor:
 def snap(mask: torch.Tensor) -> torch.Tensor:
     """Values within 1e-6 of 0 or 1 become 0 or 1; NaN stays NaN.
 
-    `threshold` and not `where`: on a CPU it takes a fifteenth of the time, and this is most of what weights cost there.
+    `threshold` and not `where`, which is not vectorised on the CPU (bench/README.md).
     """
     mask = F.threshold(mask, SNAP, 0.0).neg_()  # a tensor of its own from here: in place, no fresh memory
     return torch.threshold_(mask, SNAP - 1, -1.0).neg_()

@@ -16,7 +16,7 @@ from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.kernels.strides import position_stride
 
 # Elements of a block for each thread of the CPU: difference, weights and three operands, 4 bytes each, fill a second-level cache of
-# 2 MB. Half as many cost more in calls, twice as many in misses (bench/README.md). On other devices a block only bounds the memory.
+# 2 MB; bench/README.md has the times of other sizes. On other devices a block only bounds the memory.
 CPU_BLOCK = 3 << 15
 DEVICE_BLOCK = 1 << 22
 

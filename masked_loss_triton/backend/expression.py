@@ -1,6 +1,6 @@
 """The loss and its gradient as one expression, for torch.compile: around the user's own compiled step, or alone, for one call.
 
-One loop over memory reads each operand once and writes the gradient: 1.1 to 1.3 times the time of adding two tensors.
+One loop over memory reads each operand once and writes the gradient.
 """
 
 from __future__ import annotations

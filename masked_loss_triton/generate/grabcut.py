@@ -15,10 +15,10 @@ from masked_loss_triton.generate.backends import Box, Cutout
 from masked_loss_triton.generate.options import Options
 from masked_loss_triton.masks.parallel import default_workers
 
-SIDE = 320  # GrabCut runs on a copy of this longest side: finer than any latent; at 480 and 640 masks were not better
+SIDE = 320  # GrabCut runs on a copy of this longest side: finer than any latent
 ROUNDS, FOLLOW_ROUNDS = 5, 2
 # Half axes of the ellipse in the middle of the box that is subject for certain, of the box's sides. Without it a colour that
-# the subject shares with the background is lost: a dark collar before a dark wall (IoU 0.74; 0.93 with it).
+# the subject shares with the background is lost: a dark collar before a dark wall (tests/generate/test_grabcut.py).
 CORE = 0.2
 SLACK = 0.04  # of the longest side: how far an edge may move from one frame of a clip to the next
 

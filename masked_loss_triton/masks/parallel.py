@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 def default_workers() -> int:
     """Four threads per core, 16 at most: decoding and resizing release the interpreter lock, and waiting for the disk to
-    write a cache takes as long as making its weights (measured on 2 cores: 8 threads are 1.4 times as fast as 2)."""
+    write a cache takes as long as making its weights."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4 * count, 16)
 
