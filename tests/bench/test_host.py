@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytest.importorskip("triton")
+
 CODE = """
 import torch
 from bench import host
