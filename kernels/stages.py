@@ -186,10 +186,11 @@ def averaged(
         first = (f_start + kf).to(tl.int64) * mask_stride_f + (row * WINDOW_H).to(tl.int64) * mask_stride_h
         offsets = (first + column * WINDOW_W)[:, None] + tap_w
         of_frame = tl.zeros(frame.shape, tl.float32)
-        for kh in tl.static_range(WINDOW_H):
-            value = tl.load(mask_ptr + offsets + kh * mask_stride_h.to(tl.int64), mask=wanted, other=0)
+        for _ in tl.static_range(WINDOW_H):
+            value = tl.load(mask_ptr + offsets, mask=wanted, other=0)
             # Bytes are summed as they are, exactly, and divided by 255 once.
             of_frame += tl.sum(value.to(tl.float32) if IS_UINT8 else read(value, IS_UINT8), axis=1)
+            offsets += mask_stride_h
         total += of_frame
     count = f_count * (WINDOW_H * WINDOW_W)
     return tl.math.div_rn(total, (count * 255 if IS_UINT8 else count).to(tl.float32))

@@ -95,3 +95,35 @@ def test_cuxray_finds_no_spill_and_no_unexplained_access_in_any_variant():
     kernels, violations, accesses = (int(number) for number in re.findall(r"\d+", finished.stdout.splitlines()[0]))
     assert kernels > len(VARIANTS)  # one of the loss for each, and one of the weights for several
     assert (violations, accesses) == (0, 0)
+
+
+# The JIT turns an integer argument that is 1 into a constant, which the interpreter does not: shapes and strides of 1 compile too.
+ODD = """
+import torch
+from bench.cases import Call
+from bench.launches import DEVICES, launches_of
+from masked_loss_triton import MaskedLossConfig
+def compiled(shape, mask, config=MaskedLossConfig(), **prior):
+    pred = torch.randn(shape, requires_grad=True)
+    call = Call(pred, torch.randn(shape), mask, prior.get("prior"), config, "channels_first")
+    for launch in launches_of(call, 132, stats="prior" in prior):
+        launch.compile(DEVICES["sm_90"].target)
+m = torch.rand
+everything = MaskedLossConfig(blur_kernel_size=3, per_sample=True, area_scale_beta=0.5, gamma=0.7, prior_threshold=0.5)
+compiled((1, 1, 1, 1, 1), None)
+compiled((1, 16, 1, 1, 1), m(1, 1, 1, 1))
+compiled((2, 1, 1, 1, 1), m(2, 1, 1, 1), prior=torch.randn(2, 1, 1, 1, 1))
+compiled((1, 16, 1, 1, 1), m(1, 1, 8, 8), everything, prior=torch.randn(1, 16, 1, 1, 1))
+compiled((1, 16, 1, 1, 4), m(1, 1, 8, 1).transpose(2, 3))
+compiled((1, 16, 3, 1, 4), (m(1, 1, 8, 1) * 255).to(torch.uint8).transpose(2, 3))
+compiled((1, 3, 1, 1, 5), m(1, 1, 1, 2), MaskedLossConfig(resample="bilinear"))
+compiled((2, 3, 4, 6, 5), m(2, 1, 3, 2), MaskedLossConfig(resample="bicubic"))
+compiled((2, 4, 4, 6, 6), m(1, 1, 1, 48).expand(2, 1, 48, 48))
+"""
+
+
+@pytest.mark.slow
+def test_sizes_and_strides_of_one_compile():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run([sys.executable, "-c", ODD], env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
