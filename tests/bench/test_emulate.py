@@ -21,7 +21,7 @@ CHECKED = (
     "42x24 bf16",
     "26x38 prior",
     "26x38 channels last",
-    "26x38 pixels uint8",
+    "32x48 pixels uint8",
     "21x60x104 pixels",
     "21x60x104 one frame bf16",
 )
@@ -50,7 +50,9 @@ def test_sectors_are_full(results, name):
         assert results[name]["fullness"][f"loss_kernel.{tensor}"] >= 0.95, tensor
 
 
-@pytest.mark.parametrize("name", ["26x38", "21x60x104", "21x60x104 pixels", "21x60x104 one frame bf16"])
+@pytest.mark.parametrize(
+    "name", ["26x38", "21x60x104", "21x60x104 pixels", "32x48 pixels uint8", "21x60x104 one frame bf16"]
+)
 def test_sectors_of_the_mask_are_full_whatever_its_grid(results, name):
     assert results[name]["fullness"]["weights_kernel.mask"] >= 0.95
 
