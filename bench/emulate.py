@@ -30,8 +30,8 @@ SECTOR = 32  # bytes
 
 # Frames are cut so that each case stays below 400,000 elements: rows and planes keep their real alignment.
 SHORT = {"16x21x60x104": 3, "16x33x90x160": 1, "16x7x68x120": 2}
-# The emulator follows the addresses of lanes that are switched off in loads from shared memory, and a wild one ends it. Under a mask
-# of bytes the last block of 512 positions has such lanes unless it is whole.
+# In loads from shared memory the emulator follows the addresses of lanes that are switched off, and a wild one ends it. Under a
+# mask of bytes the last block of 512 positions has such lanes unless it is whole.
 LATENTS.setdefault("16x1x32x48", Latents("Qwen-Image", "384x256", 16, 1, 32, 48))
 CASES = {
     "26x38": Case(latents="16x1x26x38"),
