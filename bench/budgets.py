@@ -6,8 +6,8 @@ from masked_loss_triton.kernels.launch_loss import LossLaunch, ScaleLaunch
 from masked_loss_triton.kernels.launch_weights import WeightsLaunch
 
 REGISTERS = {
-    "loss_kernel": LossLaunch.with_prior,
+    "loss_kernel": LossLaunch.in_steps,
     "weights_kernel": WeightsLaunch.registers,
-    "resample_kernel": WeightsLaunch.resample_registers,
+    "resample_kernel": WeightsLaunch.registers,
     "scale_kernel": ScaleLaunch.registers,
 }

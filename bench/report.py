@@ -120,6 +120,7 @@ def emulated_rows() -> Rows:
         full = {
             tensor: traffic.fullness for (kernel, tensor), traffic in result.traffic.items() if kernel == "loss_kernel"
         }
+        mask = result.traffic.get(("weights_kernel", "mask"))
         rows.append(
             {
                 "case": result.name,
@@ -133,6 +134,7 @@ def emulated_rows() -> Rows:
                     f"sectors_full_{name}": full.get(name, "")
                     for name in ("pred", "target", "prior", "latents", "gradient")
                 },
+                "sectors_full_mask": mask.fullness if mask else "",
             }
         )
     return rows

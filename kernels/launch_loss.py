@@ -23,14 +23,15 @@ class LossLaunch:
     vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
         access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
         the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
-        the innermost axis it is the other way.
+        the innermost axis it is the other way. Where positions are not one run, each element has an offset of its own in every
+        tensor, and a thread takes 4 halves.
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
         mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
         comes from the second-level cache.
     registers: what a thread may use at most, and what the compiler is told. With 64, 8 programs of 128 threads fit on an NVIDIA
-        multiprocessor, with the 96 that a prior takes 5, and each has 16 KB or more in flight (4 channels x 16 bytes x 2 tensors
-        x 128 threads). 16 KB is what 3.35 TB/s times 0.6 microseconds need for each multiprocessor of an H100: one program would
-        nearly do.
+        multiprocessor, with the 96 that a prior takes 5, with the 128 of tensors that are not one run 4. Each has 16 KB in
+        flight (4 channels x 16 bytes x 2 tensors x 128 threads), of halves 8 KB. 16 KB is what 3.35 TB/s times 0.6 microseconds
+        need for each multiprocessor of an H100: two programs would do.
     """
 
     vector: int
@@ -41,6 +42,7 @@ class LossLaunch:
     num_warps: int = 4
     without_prior: ClassVar[int] = 64
     with_prior: ClassVar[int] = 96
+    in_steps: ClassVar[int] = 128
 
     @classmethod
     def choose(
@@ -49,11 +51,12 @@ class LossLaunch:
         channels: int,
         positions: int,
         itemsize: int,
+        flat: bool,
         channels_innermost: bool,
         has_prior: bool,
         multiprocessors: int,
     ) -> LossLaunch:
-        vector = 16 // max(itemsize, 2)
+        vector = 16 // max(itemsize, 2 if flat else 4)
         if channels_innermost:
             block_c = min(32, next_power_of_2(channels))
             block_p = max(16, 128 * 16 // block_c)
@@ -64,10 +67,11 @@ class LossLaunch:
             block_c = min(16 // vector, next_power_of_2(channels))
         all_blocks = ceil_div(channels, block_c)
         programs = ceil_div(positions, block_p) * batch
-        # Two programs of four warps per multiprocessor keep 32 KB in flight there, twice what its memory latency needs.
+        # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
         channel_blocks = ceil_div(all_blocks, groups)
-        return cls(vector, block_p, block_c, channel_blocks, cls.with_prior if has_prior else cls.without_prior)
+        registers = (cls.with_prior if has_prior else cls.without_prior) if flat else cls.in_steps
+        return cls(vector, block_p, block_c, channel_blocks, registers)
 
     def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
         return (
@@ -169,7 +173,7 @@ def plan_loss(
     )
 
     rows = channels // fold, positions * fold
-    launch = LossLaunch.choose(batch, *rows, itemsize, channels_innermost, prior is not None, multiprocessors)
+    launch = LossLaunch.choose(batch, *rows, itemsize, flat, channels_innermost, prior is not None, multiprocessors)
     wide = max(tensor.span for tensor in (*given, mask) if tensor is not None) >= 2**31
     arguments = dict(
         area_scale_beta=config.area_scale_beta,

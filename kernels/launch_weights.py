@@ -23,8 +23,8 @@ class WeightsLaunch:
     tiles: programs for the batch. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256
         bytes beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes. A
         mask that is resampled may weigh more than pred, and gets up to 256.
-    registers, resample_registers: what a thread of this kernel, and of the resampling one before a blur, may use at most: 4 and 8
-        programs are resident on every NVIDIA multiprocessor. Both read a mask, a sixteenth of pred.
+    registers: what a thread of this kernel, and of the resampling one before a blur, may use at most: 4 programs are resident on
+        every NVIDIA multiprocessor. Both read a mask, mostly a sixteenth of pred.
     """
 
     block: int
@@ -32,7 +32,6 @@ class WeightsLaunch:
     blocks_per_tile: int
     num_warps: int
     registers: ClassVar[int] = 128
-    resample_registers: ClassVar[int] = 64
 
     @classmethod
     def choose(cls, positions: int, batch: int, resampled: bool) -> WeightsLaunch:
@@ -252,10 +251,10 @@ def launch_weights(
     """One launch, two under a blur: the sums of the weights, and the weights where the loss kernel cannot make them itself.
 
     Args:
-        mask: (B or 1, Fm, Hm, Wm), floating or uint8 (bool viewed as uint8 is not one: give it as a float).
+        mask: (B or 1, Fm, Hm, Wm), floating, bool or uint8.
         config: the fields of MaskedLossConfig that name the stages.
         grid: (F, H, W) of the loss.
-        prior_gate, mask_gate: (B,), contiguous; the mask's as uint8.
+        prior_gate, mask_gate: (B,), contiguous.
     """
     gates = prior_gate is not None, mask_gate is not None
     plan = plan_weights(Layout.of(mask), config, grid, batch, has_prior, *gates, stats)

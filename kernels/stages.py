@@ -186,7 +186,7 @@ def averaged(
         first = (f_start + kf).to(tl.int64) * mask_stride_f + (row * WINDOW_H).to(tl.int64) * mask_stride_h
         offsets = (first + column * WINDOW_W)[:, None] + tap_w
         of_frame = tl.zeros(frame.shape, tl.float32)
-        for _ in tl.static_range(WINDOW_H):
+        for _ in range(WINDOW_H):
             value = tl.load(mask_ptr + offsets, mask=wanted, other=0)
             # Bytes are summed as they are, exactly, and divided by 255 once.
             of_frame += tl.sum(value.to(tl.float32) if IS_UINT8 else read(value, IS_UINT8), axis=1)

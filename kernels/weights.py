@@ -91,7 +91,7 @@ def resample_kernel(
 def weights_kernel(
     mask_ptr,  # the mask, or under a blur the raw mask
     prior_gate_ptr,  # (B,)
-    mask_gate_ptr,  # (B,) uint8
+    mask_gate_ptr,  # (B,) bool
     w_ptr,  # (B, F or 1, H, W) float32, contiguous
     v_ptr,  # (B, F or 1, H, W) float32, contiguous
     partials_ptr,  # (PLANES, B, TILES) float32
