@@ -6,7 +6,7 @@ from masked_loss_triton.kernels.launch_loss import LossLaunch, ScaleLaunch
 from masked_loss_triton.kernels.launch_weights import WeightsLaunch
 
 REGISTERS = {
-    "loss_kernel": LossLaunch.in_steps,
+    "loss_kernel": LossLaunch.scattered,
     "weights_kernel": WeightsLaunch.registers,
     "resample_kernel": WeightsLaunch.registers,
     "scale_kernel": ScaleLaunch.registers,

@@ -14,8 +14,9 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.compiler.compiler import make_backend
@@ -40,16 +41,6 @@ def microseconds(work: Callable[[], Any], rounds: int, calls: int = 100) -> floa
             work()
         times.append((time.perf_counter() - start) / calls)
     return statistics.median(times[1:]) * 1e6
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def _dropped(self: JITFunction, *_: Any, **__: Any) -> None:
@@ -84,11 +75,11 @@ def of_ours(case: Case, device: torch.device, rounds: int) -> dict[str, float | 
     both = _backward(forward, call)
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":  # where `choose` would refuse, and the launchers take another configuration
-            stack.enter_context(replaced(public, "choose", lambda name, pred: name))
+            stack.enter_context(mock.patch.object(public, "choose", lambda name, pred: name))
             stack.enter_context(multiprocessors(DEVICES["sm_90"].multiprocessors))
-        with replaced(JITFunction, "run", _dropped):
+        with mock.patch.object(JITFunction, "run", _dropped):
             ours_both = microseconds(both, rounds)
-        with replaced(JITFunction, "run", _looked_up):
+        with mock.patch.object(JITFunction, "run", _looked_up):
             found, found_both = microseconds(forward, rounds), microseconds(both, rounds)
         whole, whole_both, driver = found, found_both, "not called"
         if device.type == "cuda":

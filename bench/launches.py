@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise RuntimeError(
@@ -89,22 +90,15 @@ triton.knobs.compilation.always_compile = True
 _compiled: dict[Any, Any] = {}
 
 
-@contextlib.contextmanager
-def multiprocessors(count: int) -> Iterator[None]:
+def multiprocessors(count: int) -> contextlib.AbstractContextManager[Any]:
     """The launchers choose as on a device with `count` multiprocessors, and not as for a CPU tensor."""
-    original = launch_loss._multiprocessors
-    launch_loss._multiprocessors = lambda device: count
-    try:
-        yield
-    finally:
-        launch_loss._multiprocessors = original
+    return mock.patch.object(launch_loss, "_multiprocessors", return_value=count)
 
 
 @contextlib.contextmanager
 def recorded(run: Any = None) -> Iterator[list[Launch]]:
     """Collects the launches made inside; `run(launch)` may execute each. Without it outputs stay uninitialised."""
     launches: list[Launch] = []
-    original = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
         names = [parameter.name for parameter in self.params]
@@ -119,11 +113,8 @@ def recorded(run: Any = None) -> Iterator[list[Launch]]:
         if run is not None:
             run(launches[-1])
 
-    JITFunction.run = record
-    try:
+    with mock.patch.object(JITFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = original
 
 
 def fused_loss(call: Call, *, stats: bool = False) -> torch.Tensor:

@@ -42,7 +42,7 @@ class LossLaunch:
     num_warps: int = 4
     without_prior: ClassVar[int] = 64
     with_prior: ClassVar[int] = 96
-    in_steps: ClassVar[int] = 128
+    scattered: ClassVar[int] = 128  # positions that are not one run
 
     @classmethod
     def choose(
@@ -70,7 +70,7 @@ class LossLaunch:
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
         channel_blocks = ceil_div(all_blocks, groups)
-        registers = (cls.with_prior if has_prior else cls.without_prior) if flat else cls.in_steps
+        registers = (cls.with_prior if has_prior else cls.without_prior) if flat else cls.scattered
         return cls(vector, block_p, block_c, channel_blocks, registers)
 
     def grid(self, batch: int, channels: int, positions: int) -> tuple[int, int, int]:
@@ -109,7 +109,6 @@ class Present(NamedTuple):
     prior_gate: bool
     mask_gate: bool
     grad_output: bool
-    gradient: bool
     loss: bool
     stats: bool
 
@@ -197,7 +196,7 @@ def plan_loss(
         HAS_PRIOR_WEIGHT=present.prior_weights,
         HAS_AREA_SCALE=config.area_scale_beta != 0,
         HAS_GRAD_OUTPUT=present.grad_output,
-        WRITE_GRADIENT=present.gradient,
+        WRITE_GRADIENT=gradient is not None,
         WRITE_LOSS=present.loss,
         WRITE_WEIGHT_STATS=present.stats,
         IS_UINT8=mask is not None and mask.dtype == torch.uint8,
@@ -270,7 +269,6 @@ def launch_loss(
         prior_gate=prior_gate is not None,
         mask_gate=mask_gate is not None,
         grad_output=grad_output is not None,
-        gradient=write_gradient,
         loss=write_loss,
         stats=stats,
     )

@@ -20,12 +20,15 @@ CHECKED = ("main", "prior", "prior bf16", "flow", "26x38", "pixels uint8 bf16")
 CUDA = [target for target in TARGETS if target.startswith("sm_")]
 
 
-def run(*arguments):
-    """A tool of bench/ in a process where kernels are compiled and not interpreted."""
+def python(*arguments):
+    """A process where kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def run(*arguments):
+    """A tool of bench/."""
+    return python("-m", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,5 @@ compiled((2, 4, 4, 6, 6), m(1, 1, 1, 48).expand(2, 1, 48, 48))
 
 @pytest.mark.slow
 def test_sizes_and_strides_of_one_compile():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    finished = subprocess.run([sys.executable, "-c", ODD], env=environment, capture_output=True, text=True, check=False)
+    finished = python("-c", ODD)
     assert finished.returncode == 0, finished.stderr
