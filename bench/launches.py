@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.cases import Call
 from masked_loss_triton.backend import fused
-from masked_loss_triton.inputs import describe
+from masked_loss_triton.call import describe
 from masked_loss_triton.kernels import launch_loss
 
 

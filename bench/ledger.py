@@ -21,7 +21,7 @@ from bench.cases import LATENTS, MAIN, Call, Case, build
 from bench.measures import Counting, Counts, distinct_bytes
 from bench.recipes import RECIPES
 from masked_loss_triton.backend import closed_form
-from masked_loss_triton.inputs import describe
+from masked_loss_triton.call import describe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

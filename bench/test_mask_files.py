@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file, save_file
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, load_datasets
+from masked_loss_triton.cache.dataset import ARCHITECTURES, load_datasets
 from masked_loss_triton.cache.inject import inject, prepare
+from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
-from masked_loss_triton.masks.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.reading import read_mask_file
 
 COUNT, SIZE, BUCKET = 48, (1536, 1024), (1168, 784)

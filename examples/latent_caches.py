@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from masked_loss_triton.cache.items import CACHE_NAME, CLIP_NAME, LATENT_KEY
-from masked_loss_triton.cache.tensor_file import read_header
+from masked_loss_triton.cache.safetensors_file import read_header
 from masked_loss_triton.errors import UserError
 
 WAN_TEXT_TOKENS, WAN_TEXT_WIDTH = 512, 4096

@@ -20,7 +20,8 @@ import torch
 
 from masked_loss_triton import MaskedLossConfig, mask_weights, masked_loss
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration import seams, unreduced
+from masked_loss_triton.integration.factors import check_config, unreduced_factors
+from masked_loss_triton.integration.replace import replace
 
 TESTED = "ai-toolkit 0.12.26 (27a03a9)"
 MODULE = "extensions_built_in.sd_trainer.SDTrainer"
@@ -56,7 +57,7 @@ def install(config: MaskedLossConfig, trainer: type | None = None) -> None:
     Raises:
         UserError: for a version whose function is another, or an option that would do nothing.
     """
-    unreduced.check_config(config, "ai-toolkit")
+    check_config(config, "ai-toolkit")
     owner = trainer or importlib.import_module(MODULE).SDTrainer
 
     def make(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -78,7 +79,7 @@ def install(config: MaskedLossConfig, trainer: type | None = None) -> None:
             has_prior = bool(options.inverted_mask_prior) and prior_pred is not None
             _check(options, batch, noise_pred, has_prior)
             mask = batch.mask_tensor.to(noise_pred.device)
-            target = unreduced.factors(noise_pred, mask, config, has_prior=has_prior)[0]
+            target = unreduced_factors(noise_pred, mask, config, has_prior=has_prior)[0]
             # The trainer repeats a mask over the frames of a clip itself; it has one mask for all of them.
             target = target[:, :, 0] if target.dim() == 5 else target
             if not has_prior:
@@ -94,7 +95,7 @@ def install(config: MaskedLossConfig, trainer: type | None = None) -> None:
 
         return calculate_loss
 
-    seams.replace(owner, "calculate_loss", PARAMETERS, TESTED, make)
+    replace(owner, "calculate_loss", PARAMETERS, TESTED, make)
 
 
 def _prior_term(

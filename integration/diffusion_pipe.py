@@ -23,7 +23,7 @@ import torch
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration import seams
+from masked_loss_triton.integration.replace import replace
 
 TESTED = "diffusion-pipe of 2026-08 (8f83dbf)"
 LossFunction = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
@@ -37,7 +37,7 @@ def install(config: MaskedLossConfig) -> None:
     """
     module = importlib.import_module("models.base")
     for owner in (module.BasePipeline, module.ComfyPipeline):
-        seams.replace(owner, "get_loss_fn", ("self",), TESTED, lambda _: get_loss_fn(config))
+        replace(owner, "get_loss_fn", ("self",), TESTED, lambda _: get_loss_fn(config))
 
 
 def get_loss_fn(config: MaskedLossConfig) -> Callable[[Any], LossFunction]:

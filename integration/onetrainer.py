@@ -25,7 +25,8 @@ from collections.abc import Callable
 import torch
 
 from masked_loss_triton import MaskedLossConfig
-from masked_loss_triton.integration import seams, unreduced
+from masked_loss_triton.integration.factors import check_config, unreduced_factors
+from masked_loss_triton.integration.replace import replace
 
 TESTED = "OneTrainer of 2026-08 (23df383)"
 MODULE = "modules.modelSetup.mixin.ModelSetupDiffusionLossMixin"
@@ -57,7 +58,7 @@ def install(config: MaskedLossConfig | None = None) -> None:
         UserError: for a version whose functions are others, or an option that would do nothing.
     """
     if config is not None:
-        unreduced.check_config(config, "OneTrainer")
+        check_config(config, "OneTrainer")
     module = importlib.import_module(MODULE)
 
     def with_prior(
@@ -72,7 +73,7 @@ def install(config: MaskedLossConfig | None = None) -> None:
             return losses
         chosen = config or trainers_config(unmasked_weight, normalize_masked_area_loss)
         has_prior = prior_losses is not None and masked_prior_preservation_weight != 0
-        target, prior = unreduced.factors(losses, mask, chosen, has_prior=has_prior)
+        target, prior = unreduced_factors(losses, mask, chosen, has_prior=has_prior)
         if prior_losses is None or not has_prior:
             return losses * target
         return losses * target + prior_losses * prior * masked_prior_preservation_weight
@@ -88,5 +89,5 @@ def install(config: MaskedLossConfig | None = None) -> None:
 
         return without_prior
 
-    seams.replace(module, "masked_losses", PARAMETERS, TESTED, masked_losses)
-    seams.replace(module, "masked_losses_with_prior", PRIOR_PARAMETERS, TESTED, masked_losses_with_prior)
+    replace(module, "masked_losses", PARAMETERS, TESTED, masked_losses)
+    replace(module, "masked_losses_with_prior", PRIOR_PARAMETERS, TESTED, masked_losses_with_prior)

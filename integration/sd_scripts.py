@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from masked_loss_triton import MaskedLossConfig
-from masked_loss_triton.integration import seams, unreduced
+from masked_loss_triton.integration.factors import check_config, unreduced_factors
+from masked_loss_triton.integration.replace import replace
 
 TESTED = "sd-scripts of 2026-02 (48d368f)"
 
@@ -43,18 +44,18 @@ def install(config: MaskedLossConfig) -> None:
     Raises:
         UserError: for a version whose function is another, or an option that would do nothing.
     """
-    unreduced.check_config(config, "sd-scripts")
+    check_config(config, "sd-scripts")
     library = importlib.import_module("library.custom_train_functions")
     before = library.apply_masked_loss
 
     def make(_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def apply_masked_loss(loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
             mask = mask_of(batch)
-            return loss if mask is None else loss * unreduced.factors(loss, mask.to(loss.device), config)[0]
+            return loss if mask is None else loss * unreduced_factors(loss, mask.to(loss.device), config)[0]
 
         return apply_masked_loss
 
-    seams.replace(library, "apply_masked_loss", ("loss", "batch"), TESTED, make)
+    replace(library, "apply_masked_loss", ("loss", "batch"), TESTED, make)
     for module in list(sys.modules.values()):
         if vars(module).get("apply_masked_loss") is before:
             module.apply_masked_loss = library.apply_masked_loss  # type: ignore[attr-defined]

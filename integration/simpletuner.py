@@ -27,7 +27,8 @@ import torch
 
 from masked_loss_triton import MaskedLossConfig
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration import seams, unreduced
+from masked_loss_triton.integration.factors import check_config, unreduced_factors
+from masked_loss_triton.integration.replace import replace
 
 TESTED = "SimpleTuner of 2026-08 (bc8e6ab)"
 PARAMETERS = ("self", "prepared_batch", "model_output", "apply_conditioning_mask")
@@ -71,11 +72,11 @@ def install(config: MaskedLossConfig, *models: type) -> None:
     Raises:
         UserError: for a version whose functions are others, or an option that would do nothing.
     """
-    unreduced.check_config(config, "SimpleTuner")
+    check_config(config, "SimpleTuner")
     foundation = importlib.import_module("simpletuner.helpers.models.common").ModelFoundation
     for owner in (foundation, *models):
-        seams.replace(owner, "loss", PARAMETERS, TESTED, lambda original: wrap(original, config))
-    seams.replace(foundation, "prepare_batch_conditions", ("self", "batch", "state"), TESTED, _keep_the_mask)
+        replace(owner, "loss", PARAMETERS, TESTED, lambda original: wrap(original, config))
+    replace(foundation, "prepare_batch_conditions", ("self", "batch", "state"), TESTED, _keep_the_mask)
 
 
 def _keep_the_mask(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +106,7 @@ def wrap(original: Callable[..., torch.Tensor], config: MaskedLossConfig) -> Cal
         if kind_of(prepared_batch) == "segmentation" and random.random() >= self.config.masked_loss_probability:
             return original(self, prepared_batch, model_output, False)
         pred = model_output["model_prediction"]
-        weights = unreduced.factors(pred, mask.to(pred.device), config)[0]
+        weights = unreduced_factors(pred, mask.to(pred.device), config)[0]
         # As a picture in [-1, 1] of the size of the loss, which the trainer turns back into these weights. 0 stays exactly 0.
         masked = {"loss_mask_type": "mask", "conditioning_pixel_values": weights * 2 - 1, OURS: False}
         return original(self, {**prepared_batch, **masked}, model_output, True)

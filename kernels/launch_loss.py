@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import triton.language as tl
 
+from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
 from masked_loss_triton.kernels.launch_weights import MaskWeights, in_order, stage_arguments
 from masked_loss_triton.kernels.loss import loss_kernel, scale_kernel
-from masked_loss_triton.kernels.reduction import MEAN, MEAN_ONE, STATS, WEIGHTED_MEAN
-from masked_loss_triton.kernels.strides import Layout, ceil_div, common_divisor, next_power_of_2
+from masked_loss_triton.kernels.sums import MEAN, MEAN_ONE, STATS, WEIGHTED_MEAN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from masked_loss_triton.kernels.reduction import PLANES, PLANES_WITH_STATS
+from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.stages import COMPLEMENT, NO_PRIOR, THRESHOLD
-from masked_loss_triton.kernels.strides import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels.sums import PLANES, PLANES_WITH_STATS
 from masked_loss_triton.kernels.weights import resample_kernel, weights_kernel
 
 

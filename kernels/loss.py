@@ -10,7 +10,6 @@ written. The last program to finish adds the partial losses, always in the same 
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.reduction import factors, sum_of, write_weight_stats
 from masked_loss_triton.kernels.stages import (
     binarized_and_inverted,
     read,
@@ -18,6 +17,7 @@ from masked_loss_triton.kernels.stages import (
     split_position,
     target_and_prior_weight,
 )
+from masked_loss_triton.kernels.sums import factors, sum_of, write_weight_stats
 
 
 @triton.jit

@@ -9,7 +9,6 @@ writes the weights where the loss kernel cannot make them again in registers fro
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.reduction import MIN_RAW, SUM_OVERLAP, SUM_RAW, SUM_V, SUM_W, smaller
 from masked_loss_triton.kernels.stages import (
     binarized_and_inverted,
     gaussian_tap,
@@ -18,6 +17,7 @@ from masked_loss_triton.kernels.stages import (
     split_position,
     target_and_prior_weight,
 )
+from masked_loss_triton.kernels.sums import MIN_RAW, SUM_OVERLAP, SUM_RAW, SUM_V, SUM_W, smaller
 
 
 @triton.jit

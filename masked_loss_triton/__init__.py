@@ -8,8 +8,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from masked_loss_triton.call import FlowTarget
     from masked_loss_triton.config import MaskedLossConfig
-    from masked_loss_triton.inputs import FlowTarget
     from masked_loss_triton.loss import MaskedLoss, mask_weights, masked_loss
     from masked_loss_triton.stats import MaskedLossStats
 
@@ -17,7 +17,7 @@ __all__ = ["FlowTarget", "MaskedLoss", "MaskedLossConfig", "MaskedLossStats", "m
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FlowTarget": "inputs",
+    "FlowTarget": "call",
     "MaskedLoss": "loss",
     "MaskedLossConfig": "config",
     "MaskedLossStats": "stats",

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from masked_loss_triton.errors import UserError
 
 COMMANDS = {
-    "demo": "masked_loss_triton.demo.command",
-    "generate": "masked_loss_triton.generate.command",
-    "cache": "masked_loss_triton.cache.command",
-    "check": "masked_loss_triton.cache.check_command",
-    "inspect": "masked_loss_triton.cache.inspect_command",
-    "train": "masked_loss_triton.integration.musubi.train_command",
-    "to-alpha": "masked_loss_triton.masks.to_alpha_command",
+    "demo": "masked_loss_triton.commands.demo",
+    "generate": "masked_loss_triton.commands.generate",
+    "cache": "masked_loss_triton.commands.cache",
+    "check": "masked_loss_triton.commands.check",
+    "inspect": "masked_loss_triton.commands.inspect",
+    "train": "masked_loss_triton.commands.train",
+    "to-alpha": "masked_loss_triton.commands.to_alpha",
 }
 
 

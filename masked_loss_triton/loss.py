@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masked_loss_triton import weights
-from masked_loss_triton.backend import BACKENDS, choose, implementation
-from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import (
+from masked_loss_triton.backend import BACKENDS, choose, implementation, stages
+from masked_loss_triton.call import (
     FLOAT_DTYPES,
     FlowTarget,
     canonical_mask,
@@ -19,6 +17,7 @@ from masked_loss_triton.inputs import (
     refuse_gradients,
     refuse_transforms,
 )
+from masked_loss_triton.config import MaskedLossConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,8 +160,8 @@ def mask_weights(
         prior_gate = per_sample_numbers("prior_gate", prior_gate, like, batch, (*FLOAT_DTYPES, torch.bool))
     if mask_gate is not None:
         mask_gate = per_sample_numbers("mask_gate", mask_gate, like, batch, (torch.bool,))
-    raw = weights.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
-    w, v = weights.target_and_prior_weights(raw, config, prior_gate, mask_gate, has_prior)
+    raw = stages.raw_mask(mask, (grid[0], grid[1], grid[2]), config, like, torch.float32)
+    w, v = stages.target_and_prior_weights(raw, config, prior_gate, mask_gate, has_prior)
     return w.expand(shape), v.expand(shape)
 
 

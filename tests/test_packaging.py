@@ -73,7 +73,7 @@ def test_the_wheel_works_from_elsewhere(built, tmp_path):
     zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
     code = (
         "import sys; sys.path.insert(0, 'site'); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-        "import masked_loss_triton, masked_loss_triton.kernels.strides, masked_loss_triton.backend.closed_form, torch\n"
+        "import masked_loss_triton, masked_loss_triton.backend.layout, masked_loss_triton.backend.closed_form, torch\n"
         "assert 'site' in masked_loss_triton.__file__, masked_loss_triton.__file__\n"
         "from masked_loss_triton.cli import build_parser; build_parser()\n"
         "print(float(masked_loss_triton.masked_loss(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), None)))\n"

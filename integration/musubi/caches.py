@@ -7,10 +7,10 @@ import dataclasses
 import json
 import os
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, Architecture, load_datasets
+from masked_loss_triton.cache.dataset import ARCHITECTURES, Architecture, load_datasets
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX
 from masked_loss_triton.cache.items import LATENT_KEY, find_caches
-from masked_loss_triton.cache.tensor_file import TensorFile, read_header
+from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions
 

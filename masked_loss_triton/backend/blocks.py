@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend.expression import Operands, slope
+from masked_loss_triton.backend.layout import position_stride
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.kernels.strides import position_stride
 
 # Elements of a block for each thread of the CPU: difference, weights and three operands, 4 bytes each, fill a second-level cache of
 # 2 MB; bench/README.md has the times of other sizes. On other devices a block only bounds the memory.

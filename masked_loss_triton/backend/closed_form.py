@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from masked_loss_triton import weights
-from masked_loss_triton.backend import blocks, distinct, expression, refuse_second_derivative
+from masked_loss_triton.backend import blocks, distinct, expression, refuse_second_derivative, stages
+from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import LossInputs
-from masked_loss_triton.reduction import loss_factors
 from masked_loss_triton.stats import MaskedLossStats
 
 
@@ -28,7 +27,7 @@ def loss(
 ) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
     with torch.no_grad():
-        raw, w, v = weights.call_weights(inputs, config, torch.float32)
+        raw, w, v = stages.call_weights(inputs, config, torch.float32)
         sum_w = w.sum(dim=(1, 2, 3)).expand(inputs.batch)
         # Sums that nobody asks for are not made: on a CPU each is another pass over the weights.
         sum_v = sum_w if inputs.prior is None else v.sum(dim=(1, 2, 3)).expand(inputs.batch)

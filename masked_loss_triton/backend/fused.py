@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import distinct, refuse_second_derivative
+from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
+from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import LossInputs
 from masked_loss_triton.kernels.launch_loss import launch_loss, launch_scale
 from masked_loss_triton.kernels.launch_weights import launch_weights
-from masked_loss_triton.kernels.reduction import STATS
-from masked_loss_triton.reduction import loss_factors, needs_exchange
+from masked_loss_triton.kernels.sums import STATS
 from masked_loss_triton.stats import MaskedLossStats
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from masked_loss_triton import weights
+from masked_loss_triton.backend import stages
+from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import LossInputs
-from masked_loss_triton.reduction import loss_factors
 from masked_loss_triton.stats import MaskedLossStats
 
 
@@ -38,7 +38,7 @@ def loss(
     if inputs.latents is not None:
         target = inputs.flow_sign * (target - inputs.latents.to(dtype))
 
-    raw, w, v = weights.call_weights(inputs, config, dtype)
+    raw, w, v = stages.call_weights(inputs, config, dtype)
     sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
     s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from masked_loss_triton.cache.dataset_config import without_mask_keys
+from masked_loss_triton.cache.dataset import without_mask_keys
 from masked_loss_triton.cache.inject import Outcome, Prepared, inject
 from masked_loss_triton.cache.items import parse_cache
 from masked_loss_triton.errors import UserError

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs
 from masked_loss_triton.cache.cards import Card
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
 from masked_loss_triton.cache.items import LATENT_KEY, CacheItem, LatentShape, Source, bucket_size, latent_shape
-from masked_loss_triton.cache.tensor_file import TensorFile, read_header
-from masked_loss_triton.cache.weights import compute_clip_weights, compute_weights, find_inputs
+from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import clip_frame_count, clip_size, kept_frames, read_clip

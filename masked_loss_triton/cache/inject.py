@@ -8,16 +8,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from masked_loss_triton.cache.dataset_config import Architecture, Dataset
-from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
-from masked_loss_triton.cache.tensor_file import TensorFile, read_header, rewrite
-from masked_loss_triton.cache.weights import (
+from masked_loss_triton.cache.align import (
     Inputs,
     Weights,
     compute_clip_weights,
     compute_weights,
     find_inputs,
 )
+from masked_loss_triton.cache.dataset import Architecture, Dataset
+from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
+from masked_loss_triton.cache.safetensors_file import TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.sources import MaskDirectory
 

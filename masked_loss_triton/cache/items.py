@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from masked_loss_triton.cache.dataset_config import Architecture, Dataset
-from masked_loss_triton.cache.tensor_file import TensorFile
+from masked_loss_triton.cache.dataset import Architecture, Dataset
+from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from masked_loss_triton.cache.align import find_inputs
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
 from masked_loss_triton.cache.items import CacheItem, Source, latent_shape
-from masked_loss_triton.cache.tensor_file import read_header
-from masked_loss_triton.cache.weights import find_inputs
+from masked_loss_triton.cache.safetensors_file import read_header
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import (
     VIDEO_EXTENSIONS,

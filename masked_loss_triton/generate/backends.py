@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.generate.options import Options
+from masked_loss_triton.generate.prompts import Options
 
 DETECTORS = {
     "florence2": "masked_loss_triton.generate.florence2",

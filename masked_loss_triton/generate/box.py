@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.generate.backends import Detection
-from masked_loss_triton.generate.options import Options
+from masked_loss_triton.generate.prompts import Options
 
 
 def add_arguments(group: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from masked_loss_triton.generate.backends import Box
-from masked_loss_triton.generate.options import Options
+from masked_loss_triton.generate.prompts import Options
 from masked_loss_triton.masks.operations import blur, dilate
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from masked_loss_triton.generate.backends import Detector, Segmenter
 from masked_loss_triton.generate.compose import Instance, choose, compose
-from masked_loss_triton.generate.options import Options
+from masked_loss_triton.generate.prompts import Options
 
 Found = dict[str, list[Instance]]  # by words; words without an instance are not in it
 

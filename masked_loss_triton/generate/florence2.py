@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.generate.backends import Box, Detection
-from masked_loss_triton.generate.options import Options
-from masked_loss_triton.generate.weights import load_pretrained
+from masked_loss_triton.generate.models import load_pretrained
+from masked_loss_triton.generate.prompts import Options
 
 MODEL = "florence-community/Florence-2-large"
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from masked_loss_triton.files.parallel import default_workers
 from masked_loss_triton.generate.backends import Box, Cutout
-from masked_loss_triton.generate.options import Options
-from masked_loss_triton.masks.parallel import default_workers
+from masked_loss_triton.generate.prompts import Options
 
 SIDE = 320  # GrabCut runs on a copy of this longest side: finer than any latent
 ROUNDS, FOLLOW_ROUNDS = 5, 2

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import TEMPORARY, is_running, remove_leftovers
+from masked_loss_triton.files.atomic import TEMPORARY, is_running, remove_leftovers
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS
 
 PICTURE_EXTENSIONS = MASK_EXTENSIONS  # every format that a mask may have, a picture may have

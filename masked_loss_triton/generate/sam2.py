@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.generate.backends import Box, Cutout
-from masked_loss_triton.generate.options import Options
-from masked_loss_triton.generate.weights import load_pretrained
+from masked_loss_triton.generate.models import load_pretrained
+from masked_loss_triton.generate.prompts import Options
 
 MODEL = "facebook/sam2.1-hiera-large"
 MODEL_TYPES = ("sam2_video", "sam2")

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from masked_loss_triton.cache.cards import ACCENT, MAX_STRIP, Card, draw, page, sheet
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.writing import read_note
-from masked_loss_triton.masks.atomic import replace_file
 from masked_loss_triton.masks.frames import clip_frame_count, read_clip, read_frames, to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from masked_loss_triton.files.progress import printable
 from masked_loss_triton.generate.writing import read_note
-from masked_loss_triton.masks.progress import printable
 
 if TYPE_CHECKING:
     from masked_loss_triton.generate.jobs import Job

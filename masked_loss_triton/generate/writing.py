@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import replace_file
+from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.masks.sources import EXIF_ORIENTATION
 
 TEXT_KEY = "masked_loss_triton"

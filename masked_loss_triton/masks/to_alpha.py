@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import replace_file
+from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.masks.frames import to_uint8
 from masked_loss_triton.masks.reading import open_image, read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, Dataset, load_datasets
+from masked_loss_triton.cache.dataset import ARCHITECTURES, Dataset, load_datasets
 from masked_loss_triton.cache.items import bucket_size
 from masked_loss_triton.cli import main
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, load_datasets
+from masked_loss_triton.cache.dataset import ARCHITECTURES, load_datasets
 from masked_loss_triton.cache.items import bucket_size
 from masked_loss_triton.cli import main
 from masked_loss_triton.masks.frames import kept_frames
@@ -262,7 +262,7 @@ def test_masks_are_added_while_the_trainer_saves(trainer, tmp_path):
 def test_the_trainer_accepts_the_dataset_file_without_our_keys(trainer, tmp_path):
     import json
 
-    from masked_loss_triton.cache.dataset_config import without_mask_keys
+    from masked_loss_triton.cache.dataset import without_mask_keys
 
     toml = tmp_path / "d.toml"
     toml.write_text(

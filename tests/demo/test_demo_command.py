@@ -192,6 +192,6 @@ def test_what_needs_a_gpu_is_refused_without_one(tmp_path, monkeypatch, capsys, 
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from masked_loss_triton.demo import command; print(*sys.modules)"
+    code = "import sys; from masked_loss_triton.commands import demo; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"diffusers", "peft", "matplotlib", "cv2", "transformers"} & set(modules)

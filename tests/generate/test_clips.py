@@ -9,7 +9,7 @@ import pytest
 
 from masked_loss_triton.generate.backends import Cutout, Detection
 from masked_loss_triton.generate.engine import Engine
-from masked_loss_triton.generate.options import Options, Prompt
+from masked_loss_triton.generate.prompts import Options, Prompt
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 SHAPE = (4, 12)

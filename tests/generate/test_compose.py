@@ -7,7 +7,7 @@ import pytest
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.compose import Instance, choose, compose
-from masked_loss_triton.generate.options import Options, Prompt, parse_prompt, parse_prompts
+from masked_loss_triton.generate.prompts import Options, Prompt, parse_prompt, parse_prompts
 
 SHAPE = (20, 30)
 

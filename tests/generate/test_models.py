@@ -14,7 +14,7 @@ from PIL import Image
 from masked_loss_triton.cli import main
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate import florence2, sam2
-from masked_loss_triton.generate.options import Options, Prompt
+from masked_loss_triton.generate.prompts import Options, Prompt
 from tests.generate.conftest import LEFT, RIGHT, blue_picture, red_picture
 
 OPTIONS = Options(prompts=(Prompt("red"),))

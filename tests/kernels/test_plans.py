@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton.backend.layout import ceil_div, next_power_of_2
 from masked_loss_triton.kernels.launch_loss import plan_loss
 from masked_loss_triton.kernels.launch_weights import plan_weights
-from masked_loss_triton.kernels.strides import ceil_div, next_power_of_2
 
 
 @pytest.fixture(autouse=True)

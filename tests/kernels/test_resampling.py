@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, mask_weights, masked_loss
+from masked_loss_triton.backend.layout import Layout
 from masked_loss_triton.kernels.launch_weights import plan_weights
-from masked_loss_triton.kernels.strides import Layout
 
 
 def masks(shape, dtype, device):

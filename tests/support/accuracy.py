@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
+from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.reference import elementwise_error
-from masked_loss_triton.inputs import describe
-from masked_loss_triton.reduction import loss_factors
-from masked_loss_triton.weights import call_weights
+from masked_loss_triton.backend.stages import call_weights
+from masked_loss_triton.call import describe
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-6

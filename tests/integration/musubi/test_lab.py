@@ -152,7 +152,7 @@ def test_a_white_mask_is_the_stock_run(laboratory, family):
 def test_weights_are_the_trainers_resize_and_nothing_is_learned_outside(laboratory, family, way, tmp_path):
     root = laboratory.cache(family, "masks", tuple(f"img{i}" for i in range(6)))
     seen = tmp_path / "seen.jsonl"
-    lora = {"wan": "musubi_lora_wan", "hv": "musubi_lora_hv", "qwen": "musubi_lora_qwen"}[family]
+    lora = {"wan": "musubi.lora_wan", "hv": "musubi.lora_hv", "qwen": "musubi.lora_qwen"}[family]
     flags = ["--use_mask_loss"]
     if way == "network module":
         flags = ["--network_module", f"masked_loss_triton.integration.{lora}"]
@@ -321,7 +321,7 @@ def test_trainers_whose_loss_is_no_method(laboratory, trainer, family, way):
     repo = os.environ.get(variable)
     if not repo:
         pytest.skip(f"needs a checkout of {trainer} in {variable}")
-    module = {"wan": "musubi_lora_wan", "hv": "musubi_lora_hv", "qwen": "musubi_lora_qwen"}[family]
+    module = {"wan": "musubi.lora_wan", "hv": "musubi.lora_hv", "qwen": "musubi.lora_qwen"}[family]
     switched = ["--network_module", f"masked_loss_triton.integration.{module}"]
     launcher = f"{hook},launcher" if way == "launcher" else hook
     # WAN of blissful-tuner takes no batch of two without a GPU.

@@ -12,7 +12,7 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from masked_loss_triton.cache.arguments import add_dataset_arguments
+    from masked_loss_triton.commands.arguments import add_dataset_arguments
 
     parser.add_argument(
         "--cache", nargs="+", metavar="PATH", help="latent caches or folders of them, without a dataset"
@@ -30,15 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from masked_loss_triton.cache.arguments import datasets_from
     from masked_loss_triton.cache.cards import Card, draw, page, sheet
-    from masked_loss_triton.cache.dataset_config import ARCHITECTURES
+    from masked_loss_triton.cache.dataset import ARCHITECTURES
     from masked_loss_triton.cache.gather import card_from_cache, card_from_files
     from masked_loss_triton.cache.inject import prepare
+    from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.config import MaskedLossConfig
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.masks.atomic import replace_file
-    from masked_loss_triton.masks.progress import Progress
+    from masked_loss_triton.files.atomic import replace_file
+    from masked_loss_triton.files.progress import Progress
 
     if bool(args.cache) == bool(args.dataset_config) or (args.dataset_config and not args.arch):
         raise UserError("give --cache, or --dataset_config with --arch", 2)

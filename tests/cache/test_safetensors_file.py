@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from masked_loss_triton.cache.tensor_file import read_header, rewrite
+from masked_loss_triton.cache.safetensors_file import read_header, rewrite
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import remove_leftovers, replace_file
+from masked_loss_triton.files.atomic import remove_leftovers, replace_file
 from tests.cache.support import read
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool]
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     # A real failing write: the kernel refuses to let files of this process grow over 8 KiB.
     code = f"""
 import resource, signal, numpy as np
-from masked_loss_triton.cache.tensor_file import read_header, rewrite
+from masked_loss_triton.cache.safetensors_file import read_header, rewrite
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, {resource.RLIM_INFINITY}))
 try:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, MASK_KEYS, load_datasets, without_mask_keys
+from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, load_datasets, without_mask_keys
 from masked_loss_triton.cache.items import bucket_size, find_caches, find_sources
 from masked_loss_triton.errors import UserError
 from tests.masks.test_geometry import STORED

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.cache.dataset_config import Architecture, Dataset
+from masked_loss_triton.cache.dataset import Architecture, Dataset
 from masked_loss_triton.cache.items import CacheItem, LatentShape
-from masked_loss_triton.cache.tensor_file import TensorFile
+from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import (
     MASK_EXTENSIONS,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import LossInputs
 
 
 def needs_exchange(inputs: LossInputs) -> bool:

@@ -5,7 +5,8 @@ import torch
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration import seams, unreduced
+from masked_loss_triton.integration.factors import check_config, unreduced_factors
+from masked_loss_triton.integration.replace import replace
 
 CONFIGS = [
     MaskedLossConfig(gamma=0.7, min_weight=0.05),
@@ -21,7 +22,7 @@ CONFIGS = [
 def test_the_mean_is_the_masked_loss(has_prior, config, shape):
     pred, target, prior = torch.randn(shape, requires_grad=True), torch.randn(shape), torch.randn(shape)
     mask = torch.rand(2, 1, 48, 64) * torch.tensor([1.0, 0.2]).view(2, 1, 1, 1)
-    w, v = unreduced.factors(pred, mask, config, has_prior=has_prior)
+    w, v = unreduced_factors(pred, mask, config, has_prior=has_prior)
     got = ((pred - target) ** 2 * w).mean() + 0.7 * ((pred - prior) ** 2 * v).mean()
     options = {"prior": prior, "prior_weight": 0.7} if has_prior else {}
     want = masked_loss(pred, target, mask, config, **options)
@@ -33,13 +34,13 @@ def test_the_mean_is_the_masked_loss(has_prior, config, shape):
 def test_nothing_weighted_is_0_and_not_nan():
     losses = torch.rand(2, 4, 6, 8)
     empty, full = torch.zeros(2, 1, 6, 8), torch.ones(2, 1, 6, 8)
-    assert unreduced.factors(losses, empty, MaskedLossConfig())[0].abs().max() == 0
-    assert unreduced.factors(losses, full, MaskedLossConfig(per_sample=True), has_prior=True)[1].abs().max() == 0
+    assert unreduced_factors(losses, empty, MaskedLossConfig())[0].abs().max() == 0
+    assert unreduced_factors(losses, full, MaskedLossConfig(per_sample=True), has_prior=True)[1].abs().max() == 0
 
 
 def test_a_loss_type_that_would_do_nothing_is_refused():
     with pytest.raises(UserError, match="loss_type='huber' does nothing here: choose the loss in X's own config"):
-        unreduced.check_config(MaskedLossConfig(loss_type="huber"), "X")
+        check_config(MaskedLossConfig(loss_type="huber"), "X")
 
 
 def test_only_the_known_function_is_replaced():
@@ -50,12 +51,12 @@ def test_only_the_known_function_is_replaced():
     with pytest.raises(
         UserError, match=r"Trainer.loss takes \(self, batch, extra\), not \(self, batch\): supported is X 1"
     ):
-        seams.replace(Trainer, "loss", ("self", "batch"), "X 1", lambda original: None)
+        replace(Trainer, "loss", ("self", "batch"), "X 1", lambda original: None)
     with pytest.raises(UserError, match=r"Trainer.gone does not exist.*supports X 1"):
-        seams.replace(Trainer, "gone", ("self",), "X 1", lambda original: None)
+        replace(Trainer, "gone", ("self",), "X 1", lambda original: None)
     originals = []
     for _ in range(2):  # a second time replaces the replacement, and never wraps it
-        seams.replace(
+        replace(
             Trainer, "loss", ("self", "batch", "extra"), "X", lambda original: originals.append(original) or (lambda: 2)
         )
     assert originals[0] is originals[1]

@@ -12,7 +12,7 @@ MISSING_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from masked_loss_triton.cache.arguments import add_dataset_arguments, add_workers_argument
+    from masked_loss_triton.commands.arguments import add_dataset_arguments, add_workers_argument
 
     add_dataset_arguments(parser)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from collections import Counter
 
-    from masked_loss_triton.cache.arguments import datasets_from
-    from masked_loss_triton.cache.dataset_config import ARCHITECTURES
+    from masked_loss_triton.cache.dataset import ARCHITECTURES
     from masked_loss_triton.cache.encode import run_caching_script
     from masked_loss_triton.cache.inject import (
         Outcome,
@@ -41,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
         prepare,
         remove_weights,
     )
+    from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.masks.atomic import remove_leftovers
-    from masked_loss_triton.masks.parallel import default_workers, run_parallel
-    from masked_loss_triton.masks.progress import Progress, printable
+    from masked_loss_triton.files.atomic import remove_leftovers
+    from masked_loss_triton.files.parallel import default_workers, run_parallel
+    from masked_loss_triton.files.progress import Progress, printable
 
     if args.encode is not None and (args.remove or args.dry_run):
         raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 
 from masked_loss_triton import MaskedLossConfig
+from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.backend.stages import call_weights
+from masked_loss_triton.call import describe
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.inputs import describe
-from masked_loss_triton.reduction import loss_factors
-from masked_loss_triton.weights import call_weights
 
 
 def check_config(config: MaskedLossConfig, trainer: str) -> None:
@@ -26,7 +26,7 @@ def check_config(config: MaskedLossConfig, trainer: str) -> None:
 
 
 @torch.no_grad()
-def factors(
+def unreduced_factors(
     like: torch.Tensor, mask: torch.Tensor, config: MaskedLossConfig, *, has_prior: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors (target, prior) of unreduced losses.

@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from masked_loss_triton.errors import UserError
+    from masked_loss_triton.files.parallel import default_workers, run_parallel
+    from masked_loss_triton.files.progress import Progress
     from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, frame_files
-    from masked_loss_triton.masks.parallel import default_workers, run_parallel
-    from masked_loss_triton.masks.progress import Progress
     from masked_loss_triton.masks.sources import MaskDirectory
     from masked_loss_triton.masks.to_alpha import Conversion, convert
 

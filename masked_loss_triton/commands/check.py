@@ -9,7 +9,7 @@ EXAMPLE = "masked-loss check --dataset_config dataset.toml --arch wan --mask_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from masked_loss_triton.cache.arguments import add_dataset_arguments, add_workers_argument
+    from masked_loss_triton.commands.arguments import add_dataset_arguments, add_workers_argument
 
     add_dataset_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the problems as JSON on standard output")
@@ -23,8 +23,7 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from masked_loss_triton.cache.arguments import datasets_from
-    from masked_loss_triton.cache.dataset_config import ARCHITECTURES
+    from masked_loss_triton.cache.dataset import ARCHITECTURES
     from masked_loss_triton.cache.inject import Prepared, prepare
     from masked_loss_triton.cache.items import CacheItem, Source
     from masked_loss_triton.cache.problems import (
@@ -35,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
         check_mixed,
         check_source,
     )
+    from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.masks.parallel import default_workers, run_parallel
-    from masked_loss_triton.masks.progress import Progress, printable
+    from masked_loss_triton.files.parallel import default_workers, run_parallel
+    from masked_loss_triton.files.progress import Progress, printable
 
     ignored = {kind for kind in args.ignore.split(",") if kind}
     if ignored - set(KINDS):

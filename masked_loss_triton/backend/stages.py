@@ -13,8 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.inputs import LossInputs
 
 # Rounding must not create a region: float32 noise in 1 - w, divided by its own sum, would become a loss of order 1.
 SNAP = 1e-6

@@ -1,4 +1,4 @@
-"""`--network_module masked_loss_triton.integration.musubi_lora_hv`: the trainer's own LoRA for HunyuanVideo, and masked loss.
+"""`--network_module masked_loss_triton.integration.musubi.lora_hv`: the trainer's own LoRA for HunyuanVideo, and masked loss.
 
 Options go to --network_args, for example mask_min_weight=0.05 inverted_mask_prior=true.
 """

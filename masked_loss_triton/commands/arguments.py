@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from masked_loss_triton.cache.dataset_config import ARCHITECTURES, MASK_KEYS, Dataset, load_datasets
+from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, Dataset, load_datasets
 from masked_loss_triton.errors import UserError
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from masked_loss_triton.generate.jobs import Job
-    from masked_loss_triton.generate.options import Options
+    from masked_loss_triton.generate.prompts import Options
     from masked_loss_triton.generate.summary import Summary
 
 HELP = (
@@ -28,7 +28,7 @@ NOTED = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, add_backend_arguments
-    from masked_loss_triton.generate.options import CENTRAL_BOX, SELECTIONS
+    from masked_loss_triton.generate.prompts import CENTRAL_BOX, SELECTIONS
 
     parser.add_argument(
         "--input_dir", required=True, metavar="DIR", help="pictures and clips; sub-folders are mirrored"
@@ -140,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace, options: Options, settings: dict[str, Any], jobs: list[Job], to: Summary) -> None:
+    from masked_loss_triton.files.parallel import run_parallel
+    from masked_loss_triton.files.progress import Progress
     from masked_loss_triton.generate.backends import load_backend
     from masked_loss_triton.generate.engine import Engine
     from masked_loss_triton.generate.work import FALLBACKS, Worker
-    from masked_loss_triton.masks.parallel import run_parallel
-    from masked_loss_triton.masks.progress import Progress
 
     detector, segmenter = load_backend(args, options)
     worker = Worker(
@@ -189,7 +189,7 @@ def _draw(args: argparse.Namespace, jobs: list[Job], to: Summary) -> None:
 def _options(args: argparse.Namespace) -> Options:
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.generate.backends import split_backend
-    from masked_loss_triton.generate.options import Options, parse_prompts
+    from masked_loss_triton.generate.prompts import Options, parse_prompts
 
     detector, _ = split_backend(args.backend)
     texts = args.text_prompt

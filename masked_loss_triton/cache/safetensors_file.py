@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.atomic import replace_file
+from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.masks.reading import check_is_file
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library

@@ -1,0 +1,1 @@
+"""One module per command of `masked-loss`: its flags, and what it prints."""
