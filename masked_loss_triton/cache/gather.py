@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs
-from masked_loss_triton.cache.cards import Card
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
 from masked_loss_triton.cache.items import LATENT_KEY, CacheItem, LatentShape, Source, bucket_size, latent_shape
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.contact_sheet import Card
 from masked_loss_triton.masks.frames import clip_frame_count, clip_size, kept_frames, read_clip
 from masked_loss_triton.masks.geometry import resize_to_bucket
 from masked_loss_triton.masks.reading import open_image, read_picture

@@ -30,14 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from masked_loss_triton.cache.cards import Card, draw, page, sheet
     from masked_loss_triton.cache.dataset import ARCHITECTURES
     from masked_loss_triton.cache.gather import card_from_cache, card_from_files
     from masked_loss_triton.cache.inject import prepare
     from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.config import MaskedLossConfig
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.files.atomic import replace_file
+    from masked_loss_triton.files.contact_sheet import Card, draw, save_sheet
     from masked_loss_triton.files.progress import Progress
 
     if bool(args.cache) == bool(args.dataset_config) or (args.dataset_config and not args.arch):
@@ -88,10 +87,6 @@ def run(args: argparse.Namespace) -> int:
         f"{len(cards)} of {total} items. Weights after {options}minimum weight {config.min_weight:g}.",
         "Full colour is learned with weight 1, dark red with weight 0.",
     ]
-    png, html = Path(f"{args.out}.png"), Path(f"{args.out}.html")
-    png.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(png, lambda file: sheet(images).save(file, "PNG"))
-    text = page(f"Masks of {args.dataset_config or ', '.join(args.cache)}", cards, images, notes)
-    replace_file(html, lambda file: file.write(text.encode("utf-8", "replace")))
-    print(f"{png} and {html}: {len(cards)} of {total} items, {problems} problems")
+    save_sheet(Path(args.out), f"Masks of {args.dataset_config or ', '.join(args.cache)}", cards, images, notes)
+    print(f"{args.out}.png and {args.out}.html: {len(cards)} of {total} items, {problems} problems")
     return 1 if problems else 0

@@ -1,1 +1,1 @@
-"""Files, whatever is in them: atomic writes, parallel work, the progress bar. Nothing here is about masks."""
+"""Files, whatever is in them: atomic writes, parallel work, the progress bar, contact sheets. Nothing here reads a mask."""

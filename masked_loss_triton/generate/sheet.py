@@ -10,9 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from masked_loss_triton.cache.cards import ACCENT, MAX_STRIP, Card, draw, page, sheet
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.contact_sheet import ACCENT, MAX_STRIP, Card, draw, save_sheet
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.writing import read_note
 from masked_loss_triton.masks.frames import clip_frame_count, read_clip, read_frames, to_uint8
@@ -41,11 +40,8 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
             cards.append(_card(job))
             images.append(draw(cards[-1]))
     if cards:
-        name.parent.mkdir(parents=True, exist_ok=True)
         notes = [f"{len(cards)} of {len(jobs)} items. Full colour is learned with weight 1, dark red with weight 0."]
-        text = page(title, cards, images, notes)
-        replace_file(name.with_name(name.name + ".png"), lambda file: sheet(images).save(file, "PNG"))
-        replace_file(name.with_name(name.name + ".html"), lambda file: file.write(text.encode("utf-8", "replace")))
+        save_sheet(name, title, cards, images, notes)
     return len(cards)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masked_loss_triton.cache.cards import overlay
 from masked_loss_triton.cli import main
+from masked_loss_triton.files.contact_sheet import overlay
 from tests.cache.support import Lab, disc, frames_of, video_lab
 
 

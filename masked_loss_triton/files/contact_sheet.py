@@ -6,9 +6,13 @@ import base64
 import dataclasses
 import html
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.atomic import replace_file
 
 PANEL = 224  # longest side of a panel, pixels
 STRIP = 140  # longest side of a frame of the strip, pixels
@@ -157,3 +161,19 @@ def page(title: str, cards: list[Card], images: list[Image.Image], notes: list[s
         "img{display:block;max-width:100%;height:auto}</style>"
         f"<h1>{html.escape(title)}</h1>{said}{''.join(parts)}</html>\n"
     )
+
+
+def save_sheet(name: Path, title: str, cards: list[Card], images: list[Image.Image], notes: list[str]) -> None:
+    """Writes the cards as NAME.png and as NAME.html, making their folder.
+
+    Raises:
+        UserError: naming the file that cannot be written.
+    """
+    png, page_file = Path(f"{name}.png"), Path(f"{name}.html")
+    try:
+        png.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{png} cannot be written ({error.strerror})") from error
+    text = page(title, cards, images, notes)
+    replace_file(png, lambda file: sheet(images).save(file, "PNG"))
+    replace_file(page_file, lambda file: file.write(text.encode("utf-8", "replace")))
