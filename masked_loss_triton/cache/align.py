@@ -16,8 +16,10 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import (
     MASK_EXTENSIONS,
     clip_size,
+    frame_files,
     has_alpha_frames,
     kept_frames,
+    mask_frame_files,
     read_frames,
 )
 from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
@@ -27,7 +29,6 @@ from masked_loss_triton.masks.sources import (
     MaskDirectory,
     align_to_picture,
     read_still,
-    source_files,
 )
 
 # Raised when the same inputs give other weights, so that caches of the older version are masked anew.
@@ -64,7 +65,9 @@ def find_inputs(
     operations = dataclasses.asdict(dataset.operations)
     fps = (dataset.source_fps, architecture.fps) if dataset.source_fps is not None and item.window else None
     name = item.stem if dataset.operations.mask_blur_random else None
-    contents = [[(one.kind, _digest(one.path)) for one in group] for group in candidates]
+    contents = [
+        [(one.kind, _digest(one, target)) for one in group] for group, target in zip(candidates, targets, strict=True)
+    ]
     facts = [WEIGHTS_VERSION, contents, operations, dataclasses.astuple(shape), item.size, item.window]
     facts += [fps, name, dataset.one_frame_target]
     return Inputs(candidates, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
@@ -96,15 +99,18 @@ def _may_have_alpha(item: CacheItem, target: Path) -> bool:
         return has_alpha(image)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(candidate: Candidate, clip: Path | None) -> str:
+    digest, path = hashlib.sha256(), candidate.path
     try:
-        for file in source_files(path):
+        files, folder = [path], path.is_dir()
+        if folder:
+            files = frame_files(path) if candidate.kind == "alpha" else mask_frame_files(path, clip)
+        for file in files:
             check_is_file(file)
             with open(file, "rb") as data:
                 while block := data.read(1 << 20):
                     digest.update(block)
-            if path.is_dir():
+            if folder:
                 digest.update(file.name.encode("utf-8", "surrogateescape") + b"\0")
     except OSError as error:
         raise unreadable(path, error) from error
@@ -125,7 +131,7 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
         mask, chosen = read_still(list(candidates))
         used.append(chosen)
         if mask is None:
-            _check_not_required(item, dataset)
+            check_not_required(item, dataset)
             planes.append(np.ones((shape.height, shape.width), np.float32))
             continue
         assert chosen is not None
@@ -163,7 +169,7 @@ def compute_clip_weights(
                 "trainer's frame rate: make a mask for every frame, or one still"
             )
         return [_window(planes, item, shape, chosen, dataset) for item, shape in zip(items, shapes, strict=True)]
-    _check_not_required(first, dataset)
+    check_not_required(first, dataset)
     ones = [np.ones((shape.frames, shape.height, shape.width), np.float32) for shape in shapes]
     return [_weights(values, [None]) for values in ones]
 
@@ -205,7 +211,7 @@ def _clip_planes(
     keep = iter(kept_frames(None, dataset.source_fps, fps))
     wanted = next(keep)
     planes, lowest = [], 255
-    for index, mask in enumerate(read_frames(chosen.path, alpha=chosen.kind == "alpha")):
+    for index, mask in enumerate(read_frames(chosen.path, chosen.kind == "alpha", clip)):
         if index == wanted:
             lowest = min(lowest, int(mask.min()))
             planes.append(plane(mask))
@@ -246,7 +252,12 @@ def _place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentS
     )
 
 
-def _check_not_required(item: CacheItem, dataset: Dataset) -> None:
+def check_not_required(item: CacheItem, dataset: Dataset) -> None:
+    """Refuses an item without mask where the dataset requires one.
+
+    Raises:
+        UserError: naming the picture.
+    """
     if dataset.require_mask:
         picture = item.source.targets[0] if item.source is not None else item.path
         raise UserError(f"{picture} has no mask, and require_mask is set: add one, or a default_mask")

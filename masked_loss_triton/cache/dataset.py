@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +23,10 @@ KINDS: dict[str, tuple[type, ...]] = {
     "a number": (int, float),
 }
 MASK_KEYS = (*SOURCE_KEYS, *OPERATION_KEYS)
+# Keys about masks that forks of the trainer know and this program does not read: no slips of the pen.
+FOREIGN_KEYS = ("watermark_mask_suffix", "loss_mask_directory", "default_loss_mask_path", "loss_mask_path")
+# Bounds of what the trainer can use; beyond them its own arithmetic does not end.
+SIDES, RATES = (16, 16384), (0.01, 1000.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +119,18 @@ def load_datasets(
             "the same order (an empty one where nothing is to be said)",
             2,
         )
-    for where, table in ((mask_config, extra.get("general", {})), *((mask_config, entry) for entry in extra_entries)):
+    for table in (extra.get("general", {}), *extra_entries):
         unknown = sorted(set(table) - set(MASK_KEYS))
         if unknown:
-            raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(MASK_KEYS)}", 2)
+            raise UserError(f"{mask_config}: unknown key {unknown[0]!r}{_meant(unknown[0])}", 2)
+    for table in (config.get("general", {}), *entries):
+        refuse_slips(str(path), table, MASK_KEYS)
+    for file, table in ((path, config), (mask_config, extra)):
+        stray = [key for key in table if key in MASK_KEYS or _resembles(key, MASK_KEYS)]
+        if stray:
+            raise UserError(
+                f"{file}: {stray[0]!r} stands outside [general] and [[datasets]]: move it into one of them", 2
+            )
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     datasets = []
     for index, entry in enumerate(entries):
@@ -128,6 +141,34 @@ def load_datasets(
     if len(set(folders)) < len(folders):
         raise UserError(f"{path}: two datasets share a cache_directory; give each its own", 2)
     return datasets
+
+
+def refuse_slips(where: str, table: Mapping[str, Any], ours: tuple[str, ...]) -> None:
+    """Refuses keys that are meant for this program and are none of its own; the trainer's keys pass.
+
+    Args:
+        where: the file, and the line of it.
+        table: one table of the file, or one line of a JSON lines file.
+        ours: the keys of this program that may stand there.
+
+    Raises:
+        UserError: naming the place, the key and the one that was meant, with exit status 2.
+    """
+    for key in table:
+        if key not in (*ours, *FOREIGN_KEYS) and _resembles(key, ours):
+            raise UserError(f"{where}: unknown key {key!r}{_meant(key, ours)}", 2)
+
+
+def _resembles(key: str, ours: tuple[str, ...]) -> list[str]:
+    """The keys of ours that look like this one; all of them for any other key about masks."""
+    plain = key.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, ours, 1, 0.85)
+    return near or (list(ours) if "mask" in plain else [])
+
+
+def _meant(key: str, ours: tuple[str, ...] = MASK_KEYS) -> str:
+    near = _resembles(key, ours)
+    return f": did you mean {near[0]!r}?" if len(near) == 1 else f"; known are {', '.join(ours)}"
 
 
 def without_mask_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -145,7 +186,7 @@ def without_mask_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"{path} cannot be read ({reason}): give the trainer's dataset file", 2) from error
@@ -158,6 +199,8 @@ def _load(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} must be a .toml or .json file", 2)
     except ValueError as error:  # TOMLDecodeError and JSONDecodeError
         raise UserError(f"{path} is not valid: {error}", 2) from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid: its lists are nested too deep", 2) from error
     if not isinstance(config, dict) or not isinstance(config.get("general", {}), dict):
         raise UserError(f"{path} must hold [general] and [[datasets]]", 2)
     return config
@@ -182,61 +225,91 @@ def _entries(path: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def _dataset(index: int, path: str | os.PathLike[str], tables: tuple[Mapping[str, Any], ...]) -> Dataset:
-    where = f"{path}, dataset {index}"
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Looks keys of one dataset up in its tables, the most particular first; a wrong value is one line that names `where`."""
 
-    def get(key: str, kind: str, default: Any = None) -> Any:
-        value = next((table[key] for table in tables if table.get(key) is not None), default)
+    where: str
+    tables: tuple[Mapping[str, Any], ...]
+
+    def get(self, key: str, kind: str, default: Any = None) -> Any:
+        value = next((table[key] for table in self.tables if table.get(key) is not None), default)
         wrong = isinstance(value, bool) and kind != "true or false"
         if value is not None and (wrong or not isinstance(value, KINDS[kind])):
-            raise UserError(f"{where}: {key} must be {kind}, got {value!r}", 2)
+            raise self.error(f"{key} must be {kind}, got {value!r}")
         return value
 
-    def folder(key: str) -> Path | None:
-        value = get(key, "text")
+    def path(self, key: str) -> Path | None:
+        value = self.get(key, "text")
+        if value and "\0" in value:
+            raise self.error(f"{key} {value!r} is no path")
         return Path(value) if value else None
 
-    video = bool(get("video_directory", "text") or get("video_jsonl_file", "text"))
+    def resolution(self) -> tuple[int, int]:
+        size = next((table["resolution"] for table in self.tables if "resolution" in table), (960, 544))
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        low, high = SIDES
+        if len(sides) != 2 or not all(type(side) is int and low <= side <= high for side in sides):
+            raise self.error(
+                f"resolution must be [width, height] or one number, each {low} to {high} pixels, got {str(size)[:60]}"
+            )
+        return sides[0], sides[1]
+
+    def rate(self) -> float | None:
+        rate, (low, high) = self.get("source_fps", "a number"), RATES
+        if rate is not None and not low <= rate <= high:  # also not a number
+            raise self.error(f"source_fps must be between {low:g} and {high:g} frames per second, got {rate!r}")
+        return rate
+
+    def mask_paths(self, directory: Path | None) -> tuple[Path | None, Path | None]:
+        """The mask folder and the default mask."""
+        masks, default = self.path("mask_directory"), self.path("default_mask")
+        if masks and directory and os.path.realpath(masks) == os.path.realpath(directory):
+            raise self.error(f"mask_directory is the folder {directory} itself, so that pictures would be masks")
+        if default is not None and not default.is_file():
+            raise self.error(f"default_mask {default} is not a file")
+        return masks, default
+
+    def operations(self) -> MaskOperations:
+        values = {key: next((table[key] for table in self.tables if key in table), None) for key in OPERATION_KEYS}
+        try:
+            return MaskOperations(**{key: value for key, value in values.items() if value is not None})
+        except ValueError as error:
+            raise self.error(str(error)) from error
+
+    def error(self, text: str) -> UserError:
+        return UserError(f"{self.where}: {text}", 2)
+
+
+def _dataset(index: int, path: str | os.PathLike[str], tables: tuple[Mapping[str, Any], ...]) -> Dataset:
+    read = _Reader(f"{path}, dataset {index}", tables)
+    video = bool(read.get("video_directory", "text") or read.get("video_jsonl_file", "text"))
     kind = "video" if video else "image"
-    directory, jsonl = folder(f"{kind}_directory"), folder(f"{kind}_jsonl_file")
+    directory, jsonl = read.path(f"{kind}_directory"), read.path(f"{kind}_jsonl_file")
     if directory is None and jsonl is None:
-        raise UserError(f"{where} has no image_directory, image_jsonl_file, video_directory or video_jsonl_file", 2)
-    cache = folder("cache_directory") or directory
+        raise read.error("no image_directory, image_jsonl_file, video_directory or video_jsonl_file")
+    cache = read.path("cache_directory") or directory
     if cache is None:
-        raise UserError(f"{where} has no cache_directory, which a JSON lines file needs", 2)
-    size = next((table["resolution"] for table in tables if "resolution" in table), (960, 544))
-    size = [size, size] if isinstance(size, int) else size
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(x, int) and x > 0 for x in size):
-        raise UserError(f"{where}: resolution must be [width, height] or one number, got {size!r}", 2)
-    bucket = get("enable_bucket", "true or false", False)
-    mask_directory = folder("mask_directory")
-    if mask_directory and directory and os.path.realpath(mask_directory) == os.path.realpath(directory):
-        raise UserError(f"{where}: mask_directory is the {kind} folder itself, so that pictures would be masks", 2)
-    default_mask = folder("default_mask")
-    if default_mask is not None and not default_mask.is_file():
-        raise UserError(f"{where}: default_mask {default_mask} is not a file", 2)
-    try:
-        values = {key: next((table[key] for table in tables if key in table), None) for key in OPERATION_KEYS}
-        operations = MaskOperations(**{key: value for key, value in values.items() if value is not None})
-    except ValueError as error:
-        raise UserError(f"{where}: {error}", 2) from error
+        raise read.error("no cache_directory, which a JSON lines file needs")
+    bucket = read.get("enable_bucket", "true or false", False)
+    mask_directory, default_mask = read.mask_paths(directory)
     return Dataset(
         index=index,
         is_video=video,
         directory=directory,
         jsonl=jsonl,
         cache_directory=cache,
-        caption_extension=get("caption_extension", "text"),
-        resolution=(size[0], size[1]),
+        caption_extension=read.get("caption_extension", "text"),
+        resolution=read.resolution(),
         # Clips always go to buckets, and may be enlarged, whatever the file says.
         enable_bucket=bucket or video,
-        bucket_no_upscale=get("bucket_no_upscale", "true or false", False) and bucket and not video,
-        multiple_target=get("multiple_target", "true or false", False),
-        source_fps=get("source_fps", "a number"),
-        one_frame_target=get("fp_1f_target_index", "a whole number"),
-        alpha_mask=get("alpha_mask", "true or false", False),
+        bucket_no_upscale=read.get("bucket_no_upscale", "true or false", False) and bucket and not video,
+        multiple_target=read.get("multiple_target", "true or false", False),
+        source_fps=read.rate(),
+        one_frame_target=read.get("fp_1f_target_index", "a whole number"),
+        alpha_mask=read.get("alpha_mask", "true or false", False),
         mask_directory=mask_directory,
         default_mask=default_mask,
-        require_mask=get("require_mask", "true or false", False),
-        operations=operations,
+        require_mask=read.get("require_mask", "true or false", False),
+        operations=read.operations(),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from masked_loss_triton.cache.align import (
     Inputs,
     Weights,
+    check_not_required,
     compute_clip_weights,
     compute_weights,
     find_inputs,
@@ -92,13 +93,16 @@ def inject(
             file = read_header(item.path)
             shape = latent_shape(file, item, prepared.dataset, prepared.architecture)
             inputs = find_inputs(item, shape, prepared.dataset, prepared.architecture, prepared.masks)
+            kinds = {group[0].kind if group else "full" for group in inputs.candidates}
+            current = not force and _is_current(file, shape, inputs, dtype)
+            if (current and "full" in file.metadata["mask_source"].split(",")) or (dry_run and "full" in kinds):
+                check_not_required(item, prepared.dataset)
         except UserError as error:
             outcomes.append(Outcome(item, "problem", message=str(error)))
             continue
-        if not force and _is_current(file, shape, inputs, dtype):
+        if current:
             outcomes.append(Outcome(item, "unchanged", file.metadata["mask_source"]))
         elif dry_run:
-            kinds = {group[0].kind if group else "full" for group in inputs.candidates}
             outcomes.append(Outcome(item, "written", ",".join(sorted(kinds))))
         else:
             due.append((item, file, shape, inputs))

@@ -10,13 +10,13 @@ import os
 import re
 from pathlib import Path
 
-from masked_loss_triton.cache.dataset import Architecture, Dataset
+from masked_loss_triton.cache.dataset import Architecture, Dataset, refuse_slips
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-CACHE_NAME = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<suffix>[^_]+)\.safetensors")
-CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})")
+CACHE_NAME = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<suffix>[^_]+)\.safetensors", re.DOTALL)
+CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})", re.DOTALL)
 LATENT_KEY = re.compile(r"latents_(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)_[a-z0-9_]+")
 
 
@@ -74,7 +74,7 @@ def find_sources(dataset: Dataset) -> dict[str, Source]:
     assert dataset.directory is not None
     try:
         with os.scandir(dataset.directory) as entries:
-            names = sorted(entry.name for entry in entries)
+            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     except OSError as error:
         kind = "video_directory" if dataset.is_video else "image_directory"
         raise UserError(f"{kind} {dataset.directory} cannot be read ({error.strerror}): correct it", 2) from error
@@ -95,37 +95,58 @@ def find_sources(dataset: Dataset) -> dict[str, Source]:
 
 def _add_layers(folder: Path, files: dict[str, str], sources: dict[str, Source]) -> None:
     """Pictures named like another with _<number> at the end are its further targets, in the order of their numbers."""
-    free = {name: stem for name, stem in files.items() if stem not in sources}
-    # Longest first: a_1_2 belongs to a_1 when there is one, and to a otherwise.
-    for stem in sorted(sources, key=len, reverse=True):
-        layers = {n: s for n, s in free.items() if s.startswith(stem + "_") and s[len(stem) + 1 :].isdigit()}
-        ordered = sorted(layers, key=lambda name: int(layers[name][len(stem) + 1 :]))
-        free = {name: s for name, s in free.items() if name not in layers}
-        targets = sources[stem].targets + tuple(folder / name for name in ordered)
-        sources[stem] = dataclasses.replace(sources[stem], targets=targets)
+    layers: dict[str, list[tuple[int, Path]]] = {}
+    for name, stem in files.items():
+        base, _, number = stem.rpartition("_")
+        if stem not in sources and base in sources and number.isdecimal():
+            layers.setdefault(base, []).append((int(number), folder / name))
+    for base, found in layers.items():
+        targets = sources[base].targets + tuple(path for _, path in sorted(found))
+        sources[base] = dataclasses.replace(sources[base], targets=targets)
 
 
 def _from_jsonl(dataset: Dataset) -> dict[str, Source]:
-    key = "video_path" if dataset.is_video else "image_path"
     sources = {}
     try:
-        with open(dataset.jsonl, encoding="utf-8") as lines:  # type: ignore[arg-type]
+        with open(dataset.jsonl, encoding="utf-8-sig") as lines:  # type: ignore[arg-type]
             for number, line in enumerate(lines, 1):
-                entry = json.loads(line)
-                first = entry.get(key, entry.get(f"{key}_0"))
-                if not isinstance(first, str):
-                    raise ValueError(f"line {number} has no {key!r}")
-                targets = [first]
-                while dataset.multiple_target and f"{key}_{len(targets)}" in entry:
-                    targets.append(entry[f"{key}_{len(targets)}"])
-                stem = os.path.splitext(os.path.basename(first))[0]
-                mask = Path(entry["mask_path"]) if entry.get("mask_path") else None
-                sources[stem] = Source(stem, tuple(map(Path, targets)), mask)
+                if line.strip():
+                    source = _from_line(f"{dataset.jsonl}, line {number}", line, dataset)
+                    sources[source.stem] = source
     except OSError as error:
         raise UserError(f"{dataset.jsonl} cannot be read ({error.strerror}): correct the path", 2) from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{dataset.jsonl} is not a valid JSON lines file: {error}", 2) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{dataset.jsonl} is not UTF-8 text: save it as UTF-8", 2) from error
     return sources
+
+
+def _from_line(where: str, line: str, dataset: Dataset) -> Source:
+    """The picture or clip of one line of a JSON lines file."""
+    key = "video_path" if dataset.is_video else "image_path"
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: no valid JSON ({error.msg}, column {error.colno})", 2) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list of thousands of lists
+        raise UserError(f"{where}: no valid JSON", 2) from error
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: must be an object, {{"{key}": ...}}', 2)
+    refuse_slips(where, entry, ("mask_path",))
+
+    def path(name: str) -> Path:
+        value = entry.get(name)
+        try:
+            if not isinstance(value, str) or not value or b"\0" in os.fsencode(value):
+                raise ValueError
+        except ValueError as error:  # also half of a surrogate pair
+            raise UserError(f"{where}: {name} must be a path, got {value!r}", 2) from error
+        return Path(value)
+
+    targets = [path(key if key in entry or f"{key}_0" not in entry else f"{key}_0")]
+    while dataset.multiple_target and f"{key}_{len(targets)}" in entry:
+        targets.append(path(f"{key}_{len(targets)}"))
+    stem = os.path.splitext(targets[0].name)[0]
+    return Source(stem, tuple(targets), path("mask_path") if entry.get("mask_path") else None)
 
 
 def find_caches(dataset: Dataset, architecture: Architecture, sources: dict[str, Source]) -> list[CacheItem]:
@@ -169,6 +190,8 @@ def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architectu
     frames, height, width = (int(matches[0][group]) for group in ("frames", "height", "width"))
     if tuple(file.tensors[matches[0][0]]["shape"][1:]) != (frames, height, width):
         raise UserError(f"{file.path}: the shape of its latents is not the one in their name: cache it again")
+    if 0 in item.size:
+        raise UserError(f"{file.path}: a picture of {item.size[0]}x{item.size[1]} pixels, as its name says: delete it")
     bucket = bucket_size(item.size, dataset, architecture)
     cell = bucket[0] // width if width else 0
     if not cell or (width * cell, height * cell) != bucket:

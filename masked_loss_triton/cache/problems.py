@@ -132,7 +132,7 @@ def _check_size(
 def _check_frames(prepared: Prepared, target: Path, file: Path, size: tuple[int, int]) -> list[Problem]:
     found: list[Problem] = []
     count, low, high = 0, 255, 0
-    for frame in read_frames(file):
+    for frame in read_frames(file, clip=target):
         if count == 0:
             found += _check_size(prepared, target, file, (frame.shape[1], frame.shape[0]), size)
         count, low, high = count + 1, min(low, int(frame.min())), max(high, int(frame.max()))

@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
                 report(outcome, progress.say)
             progress.advance(len(outcomes))
     names = {"written": "masks written", "unchanged": "up to date", "removed": "masks removed", "problem": "problems"}
+    if args.dry_run:
+        names |= {"written": "masks would be written", "removed": "masks would be removed"}
     counts = ", ".join(f"{statuses[key]} {name}" for key, name in names.items() if statuses[key])
     print(f"{'Dry run, nothing changed: ' if args.dry_run else ''}{counts} ({progress.rate:.1f} images/s)")
     if sources:

@@ -6,7 +6,9 @@ the same frames, or it runs ahead of the subject.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -47,10 +49,46 @@ def kept_frames(count: int | None, source_fps: float | None, target_fps: float |
         index += 1
 
 
-def frame_files(folder: str | os.PathLike[str], extensions: tuple[str, ...] = MASK_EXTENSIONS) -> list[Path]:
-    """The pictures of a folder in the order of their names."""
+def frame_files(folder: str | os.PathLike[str], extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> list[Path]:
+    """Lists the pictures of a folder as the trainer does: in the order of their names as text, hidden files left out."""
     with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if Path(entry.name).suffix.lower() in extensions)
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    return [Path(folder, name) for name in names if os.path.splitext(name)[1].lower() in extensions]
+
+
+def mask_frame_files(folder: str | os.PathLike[str], clip: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Lists the frames of a mask in the order of the frames of its clip.
+
+    Where the clip is a folder whose frames have the same names, that is the clip's order; else the order of the numbers at
+    the end of the names, so that 2.png comes before 10.png.
+
+    Args:
+        folder: one picture for each frame.
+        clip: the clip, a folder of pictures or a video; None when it is not known.
+
+    Raises:
+        UserError: naming the folder, when two frames have one number, or when numbers are missing and the clip does not
+            have just as many frames as there are.
+    """
+    files = frame_files(folder, MASK_EXTENSIONS)
+    if clip is not None and os.path.isdir(clip):
+        order = {file.stem: index for index, file in enumerate(frame_files(clip))}
+        if order.keys() == {file.stem for file in files}:
+            return sorted(files, key=lambda file: order[file.stem])
+    numbers = {file: int(match[0]) for file in files if (match := re.search(r"\d+$", file.stem))}
+    if len(numbers) < len(files):
+        return files
+    heads = {re.sub(r"\d+$", "", file.stem) for file in files}
+    files.sort(key=lambda file: (re.sub(r"\d+$", "", file.stem), numbers[file]))
+    for before, after in itertools.pairwise(files) if len(heads) == 1 else ():
+        if numbers[after] == numbers[before]:
+            raise UserError(f"{folder} has two frames {numbers[after]}, {before.name} and {after.name}: remove one")
+        if numbers[after] > numbers[before] + 1 and clip is not None and clip_frame_count(clip) != len(files):
+            raise UserError(
+                f"{folder} has no frame {numbers[before] + 1}, between {before.name} and {after.name}: make a mask for "
+                "every frame"
+            )
+    return files
 
 
 def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -62,7 +100,7 @@ def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     if os.path.isdir(path):
         from masked_loss_triton.masks.reading import open_image
 
-        files = frame_files(path, IMAGE_EXTENSIONS)
+        files = frame_files(path)
         if not files:
             raise UserError(f"{path} has no pictures in it: add the frames or remove the folder")
         with open_image(files[0]) as image:
@@ -74,7 +112,7 @@ def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def clip_frame_count(path: str | os.PathLike[str]) -> int:
     """Number of frames of a clip as its container says, or 0 where it does not say; pictures in a folder."""
     if os.path.isdir(path):
-        return len(frame_files(path, IMAGE_EXTENSIONS))
+        return len(frame_files(path))
     with _Video(path) as stream:
         return stream.frames
 
@@ -89,18 +127,21 @@ def frame_rate(path: str | os.PathLike[str]) -> Fraction:
         return stream.average_rate or Fraction(24)
 
 
-def read_frames(path: str | os.PathLike[str], alpha: bool = False) -> Iterator[np.ndarray]:
-    """The frames of a mask, one after the other, each (H, W) uint8: a folder of pictures or a video.
+def read_frames(
+    path: str | os.PathLike[str], alpha: bool = False, clip: str | os.PathLike[str] | None = None
+) -> Iterator[np.ndarray]:
+    """Decodes the frames of a mask one after the other, each (H, W) uint8: a folder of pictures or a video.
 
     Args:
         path: the folder or video.
         alpha: read the alpha channel instead of the brightness. Frames without one end the iteration at once.
+        clip: what the mask belongs to, which decides the order of a folder's frames; None when it is not known.
 
     Raises:
         UserError: naming the file, when a frame cannot be read.
     """
     if os.path.isdir(path):
-        for file in frame_files(path, IMAGE_EXTENSIONS if alpha else MASK_EXTENSIONS):
+        for file in frame_files(path) if alpha else mask_frame_files(path, clip):
             frame = read_alpha(file, exif=False) if alpha else read_mask_file(file, exif=False)
             if frame is None:
                 return
@@ -124,7 +165,7 @@ def read_clip(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
         UserError: naming the file, when a frame cannot be read.
     """
     if os.path.isdir(path):
-        for file in frame_files(path, IMAGE_EXTENSIONS):
+        for file in frame_files(path):
             yield read_picture(file, exif=False).rgb
         return
     with _Video(path) as stream:
@@ -135,7 +176,7 @@ def read_clip(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
 def has_alpha_frames(path: str | os.PathLike[str]) -> bool:
     """Whether a clip, a folder of pictures or a video, has an alpha channel. Decodes no frame of a video."""
     if os.path.isdir(path):
-        files = frame_files(path, IMAGE_EXTENSIONS)
+        files = frame_files(path)
         return bool(files) and read_alpha(files[0], exif=False) is not None
     with _Video(path) as stream:
         return _pixels_with_alpha(stream)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS, frame_files, to_uint8
+from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS, to_uint8
 from masked_loss_triton.masks.reading import opaque, open_image, read_alpha, read_mask_file
 
 MAX_ASPECT_DIFFERENCE = 0.01
@@ -154,8 +154,3 @@ def exif_orientation(path: Path) -> int:
     except UserError:
         return 1
     return orientation if orientation in range(1, 9) else 1
-
-
-def source_files(path: Path) -> list[Path]:
-    """The files whose contents decide a mask: the file itself, or the frames of a folder."""
-    return frame_files(path) if path.is_dir() else [path]

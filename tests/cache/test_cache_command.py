@@ -78,13 +78,27 @@ def test_a_default_mask_and_a_required_one(lab, capsys):
     assert torch.equal(weights(path)[0], expected(stretched))
 
 
+def test_a_required_mask_is_asked_for_again_where_a_cache_is_up_to_date(lab, capsys):
+    lab.picture("none")
+    lab.picture("some", mask=disc((160, 120)))
+    lab.add_cache("none"), lab.add_cache("some")
+    flags = ("--mask_directory", lab.masks)
+    assert lab.run("cache", *flags, "--require_mask", "--dry-run") == 1
+    assert lab.run("cache", *flags) == 0
+    capsys.readouterr()
+    assert lab.run("cache", *flags, "--require_mask") == 1
+    captured = capsys.readouterr()
+    assert "none.png has no mask, and require_mask is set" in captured.err
+    assert "1 up to date, 1 problems" in captured.out
+
+
 def test_running_again_writes_only_what_changed(lab, capsys):
     for stem in "abc":
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
     flags = ("--mask_directory", lab.masks)
     assert lab.run("cache", *flags, "--dry-run") == 0
-    assert "Dry run, nothing changed: 3 masks written" in capsys.readouterr().out
+    assert "Dry run, nothing changed: 3 masks would be written" in capsys.readouterr().out
     assert not any(b"mask_weights" in data for data in snapshot(lab).values())
     assert lab.run("cache", *flags) == 0
     first = snapshot(lab)
@@ -311,7 +325,7 @@ def test_usage_errors(lab, capsys):
     for flags, line in (
         ((), "nothing says where the masks are"),
         (("--mask_directory", lab.folder / "no"), "cannot be read"),
-        (("--mask_directory", lab.images), "is the image folder itself"),
+        (("--mask_directory", lab.images), "itself, so that pictures would be masks"),
         (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.01"),
         (("--alpha_mask", "--remove", "--encode"), "--encode"),
     ):

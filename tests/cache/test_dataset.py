@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, load_datasets, without_mask_keys
+from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, load_datasets, refuse_slips, without_mask_keys
 from masked_loss_triton.cache.items import bucket_size, find_caches, find_sources
 from masked_loss_triton.errors import UserError
 from tests.masks.test_geometry import STORED
@@ -72,18 +72,33 @@ def test_json_is_read_too(tmp_path):
         ("datasets = 3", "datasets must be a list of tables"),
         ("general = 3\n", "must hold [general] and [[datasets]]"),
         ("x = [", "is not valid"),
-        ("[[datasets]]\nresolution = [1, 2]\n", "has no image_directory"),
-        ("[[datasets]]\nimage_jsonl_file = 'x.jsonl'\n", "has no cache_directory"),
+        ("[[datasets]]\nresolution = [64, 64]\n", "no image_directory"),
+        ("[[datasets]]\nimage_jsonl_file = 'x.jsonl'\n", "no cache_directory"),
         (f"[[datasets]]\n{IMAGES}enable_bucket = 1\n", "enable_bucket must be true or false, got 1"),
         (f"[[datasets]]\n{IMAGES}alpha_mask = 'yes'\n", "alpha_mask must be true or false"),
         (f"[[datasets]]\n{IMAGES}mask_directory = 3\n", "mask_directory must be text"),
-        (f"[[datasets]]\n{IMAGES}mask_directory = 'pictures'\n", "is the image folder itself"),
+        (f"[[datasets]]\n{IMAGES}mask_directory = 'pictures'\n", "is the folder pictures itself"),
         (f"[[datasets]]\n{IMAGES}mask_dilate = 0.5\n", "mask_dilate must be a whole number"),
         (f"[[datasets]]\n{IMAGES}mask_blur = 2\n", "mask_blur must be a number between 0 and 0.01"),
         (f"[[datasets]]\n{IMAGES}default_mask = 'no.png'\n", "default_mask no.png is not a file"),
         (f"[[datasets]]\n{IMAGES}[[datasets]]\n{IMAGES}", "two datasets share a cache_directory"),
-        ("[[datasets]]\nimage_directory = 'x'\nresolution = [0, 4]\n", "resolution must be"),
+        *(
+            (f"[[datasets]]\nimage_directory = 'x'\nresolution = {size}\n", "each 16 to 16384 pixels")
+            for size in ("[0, 64]", "1", "true", "[1, 1]", "100000000", "[64, 1e3]", "[64]", "'64'")
+        ),
         ("[[datasets]]\nvideo_directory = 'x'\nsource_fps = '30'\n", "source_fps must be a number"),
+        *(
+            (f"[[datasets]]\nvideo_directory = 'x'\nsource_fps = {rate}\n", "source_fps must be between 0.01 and 1000")
+            for rate in ("0", "inf", "nan", "1e300", "1e-300", "-24")
+        ),
+        (f"[[datasets]]\n{IMAGES}mask_dialte = 8\n", "unknown key 'mask_dialte': did you mean 'mask_dilate'?"),
+        (f"[[datasets]]\n{IMAGES}mask-dilate = 8\n", "did you mean 'mask_dilate'?"),
+        (f"[general]\nrequire_masks = true\n[[datasets]]\n{IMAGES}", "did you mean 'require_mask'?"),
+        (f"[[datasets]]\n{IMAGES}alpha_maks = true\n", "did you mean 'alpha_mask'?"),
+        (f"[[datasets]]\n{IMAGES}masks = 'm'\n", "unknown key 'masks'; known are alpha_mask, mask_directory"),
+        (f"mask_dilate = 8\n[[datasets]]\n{IMAGES}", "'mask_dilate' stands outside [general] and [[datasets]]"),
+        (f"[[datasets]]\n{IMAGES}mask_directory = 'a\\u0000b'\n".replace("'", '"'), "is no path"),
+        (f"x = {'[' * 5000}{']' * 5000}\n", "nested too deep"),
     ],
 )
 def test_a_fault_gives_one_line_and_status_2(tmp_path, text, line):
@@ -94,11 +109,63 @@ def test_a_fault_gives_one_line_and_status_2(tmp_path, text, line):
     assert caught.value.exit_status == 2
 
 
+# Every key of musubi-tuner 0.3.4's schema, and those of forks that speak of masks.
+TRAINERS_KEYS = """caption_extension batch_size num_repeats resolution enable_bucket bucket_no_upscale image_directory
+image_jsonl_file cache_directory control_directory multiple_target fp_latent_window_size fp_1f_clean_indices
+fp_1f_target_index fp_1f_no_post no_resize_control control_resolution video_directory video_jsonl_file target_frames
+frame_extraction frame_stride frame_sample max_frames source_fps debug_dataset flux_kontext_no_resize_control
+qwen_image_edit_control_resolution num_timestep_buckets watermark_mask_suffix loss_mask_directory"""
+
+
+def test_the_trainers_own_keys_pass():
+    refuse_slips("d.toml", dict.fromkeys([*TRAINERS_KEYS.split(), *MASK_KEYS]), MASK_KEYS)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (dataset,) = load_datasets(write(tmp_path, f"\ufeff[[datasets]]\n{IMAGES}"))
+    assert dataset.resolution == (64, 64)
+
+
+def listing(tmp_path, lines):
+    path = tmp_path / "items.jsonl"
+    path.write_text(lines, encoding="utf-8")
+    text = f"[[datasets]]\nimage_jsonl_file = '{path}'\ncache_directory = 'c'\nresolution = 64\n"
+    return find_sources(load_datasets(write(tmp_path, text))[0])
+
+
+def test_lines_may_be_empty_and_begin_with_a_byte_order_mark(tmp_path):
+    sources = listing(
+        tmp_path, '\ufeff{"image_path": "a/b.png", "mask_path": "m.png"}\n\n{"image_path_0": "c.png"}\n\n'
+    )
+    assert sorted(sources) == ["b", "c"]
+    assert str(sources["b"].mask) == "m.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "no valid JSON"),
+        ("[" * 100_000, "no valid JSON"),
+        ("3", "must be an object"),
+        ('{"caption": "x"}', "image_path must be a path, got None"),
+        ('{"image_path": 3}', "image_path must be a path, got 3"),
+        ('{"image_path": "a.png", "mask_path": "a\\u0000b"}', "mask_path must be a path"),
+        ('{"image_path": "a.png", "mask_path": "\\ud800"}', "mask_path must be a path"),
+        ('{"image_path": "a.png", "mask_paht": "m"}', "did you mean 'mask_path'?"),
+    ],
+)
+def test_a_faulty_line_is_named_by_its_number(tmp_path, line, said):
+    with pytest.raises(UserError, match=r"items\.jsonl, line 3: ") as caught:
+        listing(tmp_path, '{"image_path": "a.png"}\n\n' + line + "\n")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_faults_of_the_second_file(tmp_path):
     first = write(tmp_path, f"[[datasets]]\n{IMAGES}")
     for text, line in (
         ("[[datasets]]\n[[datasets]]\n", "has 2 [[datasets]] and"),
-        ("[general]\nmask_dialte = 3\n", "unknown key 'mask_dialte'"),
+        ("[general]\nmask_dialte = 3\n", "unknown key 'mask_dialte': did you mean 'mask_dilate'?"),
         ("[[datasets]]\nimage_directory = 'x'\n", "unknown key 'image_directory'"),
     ):
         with pytest.raises(UserError) as caught:

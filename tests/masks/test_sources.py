@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import frame_files, kept_frames, read_frames
+from masked_loss_triton.masks.frames import frame_files, kept_frames, mask_frame_files, read_frames
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, aspect_differs
 
 
@@ -65,16 +65,41 @@ def test_a_default_mask_is_stretched_to_any_shape():
         align_to_picture(mask, (40, 7), Path("m.png"), Path("p.png"))
 
 
-def test_frames_of_a_folder_come_in_the_order_of_their_names(tmp_path):
-    for index in (2, 10, 1):
-        Image.new("L", (3, 2), index).save(tmp_path / f"{index:03d}.png")
-    (tmp_path / "notes.txt").touch()
-    assert [path.name for path in frame_files(tmp_path)] == ["001.png", "002.png", "010.png"]
-    assert [int(frame[0, 0]) for frame in read_frames(tmp_path)] == [1, 2, 10]
-    assert list(read_frames(tmp_path, alpha=True)) == []
-    (tmp_path / "002.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"002\.png is empty"):
-        list(read_frames(tmp_path))
+def frames_in(folder, names):
+    folder.mkdir()
+    for name in names:
+        Image.new("L", (3, 2), int("0" + "".join(filter(str.isdigit, name)))).save(folder / name)
+    return folder
+
+
+def test_frames_of_a_mask_come_in_the_order_of_their_numbers(tmp_path):
+    masks = frames_in(tmp_path / "m", ["2.png", "10.png", "1.png", "11.png"])
+    (masks / "notes.txt").touch()
+    (masks / "._1.png").touch()  # what macOS leaves on foreign disks
+    assert [path.name for path in frame_files(masks)] == ["1.png", "10.png", "11.png", "2.png"], "as the trainer lists"
+    assert [path.name for path in mask_frame_files(masks)] == ["1.png", "2.png", "10.png", "11.png"]
+    assert [int(frame[0, 0]) for frame in read_frames(masks)] == [1, 2, 10, 11]
+    assert list(read_frames(masks, alpha=True)) == []
+    same = frames_in(tmp_path / "same", ["2.png", "10.png", "1.png", "11.png"])
+    assert [path.name for path in mask_frame_files(masks, same)] == ["1.png", "10.png", "11.png", "2.png"], (
+        "the trainer reads this clip so, and its mask has to follow"
+    )
+    (masks / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2\.png is empty"):
+        list(read_frames(masks))
+
+
+def test_missing_and_double_frames_are_named(tmp_path):
+    clip = frames_in(tmp_path / "clip", [f"{t:02d}.png" for t in range(5)])
+    sparse = frames_in(tmp_path / "a", ["f_0.png", "f_1.png", "f_2.png", "f_5.png"])
+    with pytest.raises(UserError, match=r"a has no frame 3, between f_2\.png and f_5\.png"):
+        mask_frame_files(sparse, clip)
+    Image.new("L", (3, 2)).save(sparse / "f_9.png")
+    assert len(mask_frame_files(sparse, clip)) == 5, "one for each frame of the clip, counted in another way"
+    with pytest.raises(
+        UserError, match=r"b has two frames 1, 1\.png and 01\.png|b has two frames 1, 01\.png and 1\.png"
+    ):
+        mask_frame_files(frames_in(tmp_path / "b", ["0.png", "1.png", "01.png"]), clip)
 
 
 def test_video_masks_are_black_and_white_where_they_were(tmp_path):
