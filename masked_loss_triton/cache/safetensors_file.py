@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.atomic import identity, replace_file
 from masked_loss_triton.masks.reading import check_is_file
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
@@ -32,6 +32,8 @@ class TensorFile:
         metadata: its `__metadata__`, in the file's order.
         tensors: name to {"dtype", "shape", "data_offsets"}, in the file's order.
         data_start: where the data begins, bytes.
+        metadata_first: whether `__metadata__` stands before the tensors.
+        identity: of the file that the header was read from: there may be another one of the same name later.
     """
 
     path: Path
@@ -39,19 +41,36 @@ class TensorFile:
     tensors: dict[str, dict[str, Any]]
     data_start: int
     metadata_first: bool = True
+    identity: tuple[int, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a numpy array: float16, float32 and int32 as they are, bfloat16 as float32."""
+        """One tensor as a numpy array: float16, float32 and int32 as they are, bfloat16 as float32.
+
+        Raises:
+            UserError: when the file was replaced or written since its header was read.
+        """
         entry = self.tensors[name]
         begin, end = entry["data_offsets"]
         with open(self.path, "rb") as file:
             file.seek(self.data_start + begin)
             data = file.read(end - begin)
+            self.check_unchanged(file)
         if entry["dtype"] == "BF16":
             # bfloat16 is the upper half of a float32.
             return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
         dtype = {"F16": np.float16, "F32": np.float32, "I32": np.int32}[entry["dtype"]]
         return np.frombuffer(data, dtype).reshape(entry["shape"])
+
+    def check_unchanged(self, file: BinaryIO) -> None:
+        """Compares an open file, and what the name leads to now, with the file whose header was read.
+
+        Raises:
+            UserError: when they differ.
+        """
+        if any(identity(status) != self.identity for status in (os.fstat(file.fileno()), os.stat(self.path))):
+            raise UserError(
+                f"{self.path} was written by another program meanwhile, and is left as it is: run this again"
+            )
 
 
 def read_header(path: str | os.PathLike[str]) -> TensorFile:
@@ -63,13 +82,14 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
     try:
         check_is_file(path)
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError("its header is incomplete")
             header = json.loads(file.read(length).decode("utf-8"))
-        return _checked(Path(path), header, 8 + length, size)
+        return _checked(Path(path), header, 8 + length, status)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -79,7 +99,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         ) from error
 
 
-def _checked(path: Path, header: dict[str, Any], data_start: int, size: int) -> TensorFile:
+def _checked(path: Path, header: dict[str, Any], data_start: int, status: os.stat_result) -> TensorFile:
     metadata_first = next(iter(header), "__metadata__") == "__metadata__"
     metadata = header.pop("__metadata__", None) or {}
     position = 0
@@ -90,9 +110,9 @@ def _checked(path: Path, header: dict[str, Any], data_start: int, size: int) -> 
         if begin != position or end < begin or end - begin != expected:
             raise ValueError("its tensors do not fit its header")
         position = end
-    if data_start + position != size:
-        raise ValueError(f"{size} bytes instead of {data_start + position}")
-    return TensorFile(path, metadata, header, data_start, metadata_first)
+    if data_start + position != status.st_size:
+        raise ValueError(f"{status.st_size} bytes instead of {data_start + position}")
+    return TensorFile(path, metadata, header, data_start, metadata_first, identity(status))
 
 
 def rewrite(
@@ -114,7 +134,8 @@ def rewrite(
         metadata: the whole new metadata; None keeps the old.
 
     Raises:
-        UserError: naming the file, when the disk is full or the folder may not be written. The old file stays.
+        UserError: naming the file, when the disk is full, the folder may not be written, or another program has written
+            the file since its header was read. The old file stays.
     """
     new = {name: np.ascontiguousarray(array) for name, array in (add or {}).items()}
     kept = [name for name in file.tensors if name not in drop and name not in new]
@@ -147,15 +168,24 @@ def rewrite(
 
     def write(target: BinaryIO) -> None:
         target.write(len(text).to_bytes(8, "little") + text)
-        with open(file.path, "rb") as source:
-            for name in order:
-                if name in new:
-                    target.write(new[name].data)
-                else:
-                    begin, end = file.tensors[name]["data_offsets"]
-                    _copy(source, target, file.data_start + begin, end - begin)
+        for name in order:
+            if name in new:
+                target.write(new[name].data)
+            else:
+                begin, end = file.tensors[name]["data_offsets"]
+                _copy(source, target, file.data_start + begin, end - begin)
 
-    replace_file(file.path, write)
+    def check() -> None:
+        file.check_unchanged(source)
+        if os.name == "nt":  # an open file cannot be replaced there
+            source.close()
+
+    with open(file.path, "rb") as source:
+        file.check_unchanged(source)
+        replace_file(file.path, write, before=check, keep_times=True)
+        # A program that had opened the old file just before writes on in a file without a name.
+        if not source.closed and identity(os.fstat(source.fileno()))[2:4] != file.identity[2:4]:
+            raise UserError(f"{file.path} was written by another program at the same moment: run that program again")
 
 
 def _item_bytes(file: TensorFile, new: dict[str, np.ndarray], name: str) -> int:

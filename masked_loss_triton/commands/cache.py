@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from masked_loss_triton.cache.dataset import Dataset
 
 HELP = "Add mask weights to existing latent caches, without encoding anything again."
 EXAMPLE = "masked-loss cache --dataset_config dataset.toml --arch wan --alpha_mask --mask_directory masks"
@@ -30,6 +34,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
+
+    from masked_loss_triton.commands.arguments import datasets_from
+    from masked_loss_triton.errors import UserError
+    from masked_loss_triton.files.atomic import remove_leftovers
+    from masked_loss_triton.files.locks import folder_lock
+
+    if args.encode is not None and (args.remove or args.dry_run):
+        raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
+    datasets = datasets_from(args, need_source=not args.remove)
+    if args.dry_run:
+        return _cache(args, datasets)
+    folders = [dataset.cache_directory for dataset in datasets]
+    for folder in folders if args.encode is not None else ():
+        os.makedirs(folder, exist_ok=True)  # as the script does: there is nothing to lock before
+    with folder_lock(folders, "masked-loss cache"):
+        for folder in folders:
+            remove_leftovers(folder)
+        return _cache(args, datasets)
+
+
+def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
     from collections import Counter
 
     from masked_loss_triton.cache.dataset import ARCHITECTURES
@@ -40,19 +66,11 @@ def run(args: argparse.Namespace) -> int:
         prepare,
         remove_weights,
     )
-    from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.files.atomic import remove_leftovers
     from masked_loss_triton.files.parallel import default_workers, run_parallel
     from masked_loss_triton.files.progress import Progress, printable
 
-    if args.encode is not None and (args.remove or args.dry_run):
-        raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
     architecture = ARCHITECTURES[args.arch]
-    datasets = datasets_from(args, need_source=not args.remove)
-    if not args.dry_run:
-        for dataset in datasets:
-            remove_leftovers(dataset.cache_directory)
     prepared = [prepare(dataset, architecture) for dataset in datasets]
     statuses: Counter[str] = Counter()
     sources: Counter[str] = Counter()

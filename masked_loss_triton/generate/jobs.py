@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import TEMPORARY, is_running, remove_leftovers
+from masked_loss_triton.files.atomic import TEMPORARY, remove_leftovers
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS
 
 PICTURE_EXTENSIONS = MASK_EXTENSIONS  # every format that a mask may have, a picture may have
@@ -83,9 +82,4 @@ def clear_leftovers(output_dir: Path) -> None:
     """Deletes what a killed run left: temporary files, and folders of frames that were not finished."""
     for place, folders, _ in os.walk(output_dir):
         remove_leftovers(place)
-        for name in list(folders):
-            match = TEMPORARY.fullmatch(name)
-            if match:
-                folders.remove(name)
-                if not is_running(int(match["pid"])):
-                    shutil.rmtree(Path(place) / name, ignore_errors=True)
+        folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.atomic import replace_file, sync_folder, temporary_folder, temporary_name
 from masked_loss_triton.masks.sources import EXIF_ORIENTATION
 
 TEXT_KEY = "masked_loss_triton"
@@ -74,22 +74,19 @@ def write_frames(path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]]
         UserError: naming the folder that cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = _temporary(path)
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        for index, (mask, made_with) in enumerate(frames):
-            with open(building / f"{index:06d}.png", "wb") as file:
-                _save(file, mask, made_with)
-        for file_path in building.iterdir():
-            _sync(file_path)
-        _sync(building)
-        remove_mask(path)
-        os.replace(building, path)
+        with temporary_folder(path) as building:
+            for index, (mask, made_with) in enumerate(frames):
+                with open(building / f"{index:06d}.png", "wb") as file:
+                    _save(file, mask, made_with)
+                    file.flush()
+                    os.fsync(file.fileno())
+            sync_folder(building)
+            remove_mask(path)
+            os.replace(building, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_video(path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]], fps: Any) -> None:
@@ -135,22 +132,8 @@ def read_note(path: Path) -> dict[str, Any] | None:
 def remove_mask(path: Path) -> None:
     """Deletes a mask, file or folder, if it is there; a folder in one step, so that half of it never stays."""
     if path.is_dir() and not path.is_symlink():
-        leaving = path.with_name(f".old-{path.name}.{os.getpid()}.masktmp")
+        leaving = temporary_name(path)
         os.replace(path, leaving)
         shutil.rmtree(leaving, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.masktmp")
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

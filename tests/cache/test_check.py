@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.cache.problems import KINDS
+from masked_loss_triton.files.atomic import temporary_name
 from tests.cache.support import Lab, disc, frames_of, video_lab
 
 
@@ -128,7 +129,7 @@ def test_kinds_can_be_left_out(lab, capsys):
 def test_nothing_is_changed(lab, capsys):
     lab.picture("a", mask=disc((160, 120)))
     path = lab.add_cache("a")
-    (lab.cache / ".left.safetensors.999999999.masktmp").write_bytes(b"of a killed run")
+    temporary_name(lab.cache / "left.safetensors").write_bytes(b"of a killed run")
     before = {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in lab.folder.rglob("*") if one.is_file()}
     problems(lab, capsys)
     assert {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in lab.folder.rglob("*") if one.is_file()} == before

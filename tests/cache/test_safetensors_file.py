@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from masked_loss_triton.cache.safetensors_file import read_header, rewrite
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import remove_leftovers, replace_file
 from tests.cache.support import read
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool]
@@ -135,28 +134,3 @@ except Exception as error:
     assert result.stdout.startswith(f"UserError {path} cannot be written (File too large)"), result
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
-
-
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".a.safetensors.{dead.pid}.masktmp").write_bytes(b"half")
-    (tmp_path / f".b.safetensors.{os.getppid()}.masktmp").write_bytes(b"half")
-    (tmp_path / "c.masktmp").write_bytes(b"not ours")
-    assert remove_leftovers(tmp_path) == 1
-    assert sorted(os.listdir(tmp_path)) == [f".b.safetensors.{os.getppid()}.masktmp", "c.masktmp"]
-    assert remove_leftovers(tmp_path / "absent") == 0
-
-
-def test_a_failing_writer_leaves_nothing(tmp_path):
-    def write(file):
-        file.write(b"half")
-        raise ZeroDivisionError
-
-    (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError):
-        replace_file(tmp_path / "x", write)
-    assert os.listdir(tmp_path) == ["x"]
-    assert (tmp_path / "x").read_bytes() == b"old"
-    with pytest.raises(UserError, match="cannot be written"):
-        replace_file(tmp_path / "no" / "x", write)

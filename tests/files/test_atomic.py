@@ -1,0 +1,176 @@
+"""A file is the old or the new one, and stays whose and what it was; leftovers go when they are certainly dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.files import atomic
+from masked_loss_triton.files.atomic import remove_leftovers, replace_file, temporary_folder, temporary_name
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from masked_loss_triton.files.atomic import replace_file, temporary_folder
+def wait(file):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+with temporary_folder(Path(sys.argv[1]) / "clip"):
+    replace_file(Path(sys.argv[1]) / "x", wait)
+"""
+
+
+def new(file):
+    file.write(b"new")
+
+
+def test_leftovers_go_when_their_process_is_dead_and_not_before(tmp_path):
+    (tmp_path / ".x.other-host-0123456789ab.0123456789abcdef.masktmp").write_bytes(b"of another machine")
+    (tmp_path / ".x.77.masktmp").write_bytes(b"of an older version: nobody knows on which machine")
+    foreign = sorted(os.listdir(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        assert remove_leftovers(tmp_path) == 0
+        assert len(os.listdir(tmp_path)) == 4
+        os.kill(process.pid, signal.SIGKILL)
+    assert remove_leftovers(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == foreign
+    assert remove_leftovers(tmp_path / "absent") == 0
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Also where both have one process number: in two containers, or on two machines."""
+    path = tmp_path / "x"
+
+    def outer(file):
+        file.write(b"outer")
+        replace_file(path, new)
+        assert path.read_bytes() == b"new"
+
+    replace_file(path, outer)
+    assert path.read_bytes() == b"outer"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path, monkeypatch):
+    taken = temporary_name(tmp_path / "x")
+    monkeypatch.setattr(atomic, "temporary_name", lambda path: taken)
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    taken.symlink_to("elsewhere")
+    with pytest.raises(UserError, match=r"x cannot be written \(File exists\): nothing was written"):
+        replace_file(tmp_path / "x", new)
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+    assert taken.is_symlink()
+
+
+def test_mode_owner_and_attributes_stay(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    if os.getuid() == 0:
+        os.chown(path, 1234, 4321)
+    os.chmod(path, 0o640)
+    names = []
+    if hasattr(os, "setxattr"):
+        try:
+            os.setxattr(path, "user.tag", b"mine")
+            names = ["user.tag"]
+            # user::rw- user:1235:r-- group::--- mask::r-- other::---
+            entries = [(1, 6, 2**32 - 1), (2, 4, 1235), (4, 0, 2**32 - 1), (16, 4, 2**32 - 1), (32, 0, 2**32 - 1)]
+            acl = (2).to_bytes(4, "little")
+            acl += b"".join(
+                t.to_bytes(2, "little") + p.to_bytes(2, "little") + i.to_bytes(4, "little") for t, p, i in entries
+            )
+            os.setxattr(path, "system.posix_acl_access", acl)
+            names.append("system.posix_acl_access")
+        except OSError:
+            pass  # not on this file system
+    before, attributes = os.stat(path), {name: os.getxattr(path, name) for name in names}
+    replace_file(path, new)
+    after = os.stat(path)
+    assert path.read_bytes() == b"new"
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+    assert {name: os.getxattr(path, name) for name in names} == attributes
+    assert after.st_mtime_ns > before.st_mtime_ns
+    old = before.st_mtime_ns - 10**15
+    os.utime(path, ns=(old - 7, old))
+    replace_file(path, new, keep_times=True)
+    assert os.stat(path).st_mtime_ns == old + 2 * 10**9
+    assert os.stat(path).st_atime_ns == old - 7
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="needs root, to become another user")
+def test_who_cannot_keep_the_owner_is_told():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "x"
+        path.write_bytes(b"old")
+        os.chown(path, 1234, 4321)
+        os.chmod(path, 0o666)
+        code = f"""
+import fcntl, os
+from masked_loss_triton.files.atomic import replace_file
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    replace_file({str(path)!r}, lambda file: file.write(b"new"))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert said.startswith(
+            f"UserError {path} cannot be written (it belongs to user 1234, group 4321: run this as that"
+        )
+        assert said.endswith("the old file is unchanged\n")
+        assert path.read_bytes() == b"old"
+        assert os.listdir(folder) == ["x"]
+
+
+def test_a_hard_link_and_a_read_only_file_are_said_and_stay(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    os.link(path, tmp_path / "y")
+    with pytest.raises(UserError, match="x is a hard link, one of 2 names"):
+        replace_file(path, new)
+    os.unlink(tmp_path / "y")
+    os.chmod(path, 0o444)
+    with pytest.raises(UserError, match="x is read-only"):
+        replace_file(path, new)
+    assert path.read_bytes() == b"old"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o444
+    with pytest.raises(UserError, match="is not a file"):
+        replace_file(tmp_path, new)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_the_longest_names_that_a_file_may_have(tmp_path):
+    for name in ("x" * 255, "長" * 85):
+        replace_file(tmp_path / name, new)
+        assert (tmp_path / name).read_bytes() == b"new"
+    with pytest.raises(UserError, match="File name too long"):
+        replace_file(tmp_path / ("x" * 256), new)
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path):
+    def write(file):
+        file.write(b"half")
+        raise ZeroDivisionError
+
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError):
+        replace_file(tmp_path / "x", write)
+    with temporary_folder(tmp_path / "clip") as building:
+        (building / "0.png").write_bytes(b"half")
+    assert os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+    with pytest.raises(UserError, match=r"cannot be written \(No such file or directory\): nothing was written"):
+        replace_file(tmp_path / "no" / "x", write)
