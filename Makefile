@@ -3,26 +3,31 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
-demo: $(VENV)/ready
-	$(BIN)/masked-loss demo $(ARGS)
+.PHONY: demo test test-quick lint bench clean
+demo: $(VENV)/demo.ready
+	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
-test: $(VENV)/ready
+test: $(VENV)/test.ready
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/ready
+# All but the tests of more than about ten seconds.
+test-quick: $(VENV)/test.ready
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/lint.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready
+bench: $(VENV)/bench.ready
 	$(BIN)/python -m bench.report $(ARGS)
 
-# Installed anew when pyproject.toml changes; the code itself is installed editable.
-$(VENV)/ready: pyproject.toml
+# Installs the extra of that name, anew when pyproject.toml changes. A torch that is there already is kept: for a machine without
+# a GPU, install torch's smaller CPU build into $(VENV) first. Setuptools explains what an editable install is in a warning.
+$(VENV)/%.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,cache,generate,test,lint,bench]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[$*]'
 	touch $@
 
 clean:

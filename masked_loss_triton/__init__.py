@@ -5,6 +5,7 @@
 'weighted_mean'
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FlowTarget", "MaskedLoss", "MaskedLossConfig", "MaskedLossStats", "mask_weights", "masked_loss"]
 __version__ = "0.1.0"
+
+# In a checkout without symbolic links (Windows, a forge's zip, the sdist) kernels/ and integration/ lie beside this folder.
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOMES = {
     "FlowTarget": "call",

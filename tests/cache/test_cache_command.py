@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from masked_loss_triton.cli import main
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
 from tests.cache.support import Lab, disc, read, weights
 
@@ -336,3 +338,12 @@ def test_usage_errors(lab, capsys):
         assert captured.err.count("\n") == 1
     assert lab.run("cache", "--alpha_mask") == 1
     assert "run the trainer's caching script first" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("musubi_tuner") is not None, reason="the trainer is installed here")
+def test_without_the_trainer_encoding_says_what_is_missing(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    toml = tmp_path / "d.toml"
+    toml.write_text(f'[[datasets]]\nimage_directory = "{tmp_path}/images"\nresolution = [64, 64]\nalpha_mask = true\n')
+    assert main(["cache", "--dataset_config", str(toml), "--arch", "wan", "--encode", "--vae", "x"]) == 2
+    assert "musubi_tuner is not installed here" in capsys.readouterr().err

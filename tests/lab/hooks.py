@@ -1,36 +1,14 @@
-"""Hooks for the laboratory's run_train.py, which runs a real trainer with tiny models on CPU.
+"""Changes to a run of `tests.lab.train`, chosen with --hooks.
 
-`launcher` starts `masked-loss train` in place of the trainer's main, on the same command line. `fixed_noise` gives every item
-noise and a timestep of its own, so that runs with other batches can be compared. `observe` writes what reaches the loss to the
-JSON lines file in LAB_OBSERVE.
+`fixed_noise` gives every item noise and a timestep of its own, so that runs with other batches can be compared. `observe` writes
+what reaches the loss to the JSON lines file in LAB_OBSERVE.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import sys
-
-MODULES = {"wan": "wan_train_network", "hv": "hv_train_network", "qwen": "qwen_image_train_network"}
-
-
-def launcher() -> None:
-    """The harness imports a trainer and calls its main; that call becomes `masked-loss train`."""
-    family = sys.argv[1]
-    module = importlib.import_module(f"musubi_tuner.{MODULES[family]}")
-    theirs = module.main
-
-    def ours() -> None:
-        from masked_loss_triton.cli import main
-
-        module.main = theirs
-        status = main(["train", family, *sys.argv[1:]])
-        if status:
-            sys.exit(status)
-
-    module.main = ours
 
 
 def frozen_model_on_cpu() -> None:

@@ -1,8 +1,7 @@
-"""Against the real trainer, where a checkout of kohya-ss/musubi-tuner is given in MUSUBI_REPO: its own dataset classes name
-the caches and cut the clips, its own functions save them, and its own loader reads what the cache command wrote.
+"""Caches of the real trainer: its own dataset classes name the caches and cut the clips, its own functions save them, and its own
+loader reads what the cache command wrote.
 
-The latents are random: a VAE's weights are not needed to see where a mask lands. CI has no checkout; it compares with the
-expectations stored in this folder.
+The latents are random: a VAE's weights are not needed to see where a mask lands.
 """
 
 from __future__ import annotations
@@ -25,39 +24,24 @@ from masked_loss_triton.masks.frames import kept_frames
 from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
 from tests.cache.support import disc, weights
 
-REPO = os.environ.get("MUSUBI_REPO")
-
-
-@pytest.mark.skipif(bool(REPO), reason="a checkout is there")
-def test_without_the_trainer_encoding_says_what_is_missing(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    toml = tmp_path / "d.toml"
-    toml.write_text(f'[[datasets]]\nimage_directory = "{tmp_path}/images"\nresolution = [64, 64]\nalpha_mask = true\n')
-    assert main(["cache", "--dataset_config", str(toml), "--arch", "wan", "--encode", "--vae", "x"]) == 2
-    assert "musubi_tuner is not installed here" in capsys.readouterr().err
-
-
-needs_trainer = pytest.mark.skipif(not REPO, reason="needs a checkout of musubi-tuner in MUSUBI_REPO")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
 
 @pytest.fixture(scope="module")
-def trainer():
-    for package in ("toml", "voluptuous", "av", "einops", "accelerate"):
-        pytest.importorskip(package)
-    sys.path.insert(0, str(Path(REPO or "") / "src"))
+def trainer(musubi):
+    sys.path.insert(0, str(Path(musubi) / "src"))
     from musubi_tuner.dataset import bucket, cache_io, config_utils, image_video_dataset, media_utils
 
     yield argparse.Namespace(
         bucket=bucket, cache_io=cache_io, config=config_utils, dataset=image_video_dataset, media=media_utils
     )
-    sys.path.remove(str(Path(REPO or "") / "src"))
+    sys.path.remove(str(Path(musubi) / "src"))
 
 
-@needs_trainer
 def test_resize_is_the_trainers_bit_for_bit(trainer):
     rng = np.random.default_rng(3)
     for _ in range(300):
@@ -70,7 +54,6 @@ def test_resize_is_the_trainers_bit_for_bit(trainer):
         assert np.abs(ours * 255 - theirs).max() <= 1
 
 
-@needs_trainer
 def test_buckets_are_the_trainers(trainer, tmp_path):
     rng = np.random.default_rng(4)
     for case in range(60):
@@ -88,7 +71,6 @@ def test_buckets_are_the_trainers(trainer, tmp_path):
             assert bucket_size(tuple(size), dataset, ARCHITECTURES["wan"]) == theirs
 
 
-@needs_trainer
 def test_the_trainer_keeps_the_same_frames(trainer, tmp_path):
     for index in range(70):
         Image.new("RGB", (1, 1), (index, 0, 0)).save(tmp_path / f"{index:03d}.png")
@@ -141,7 +123,6 @@ def batches(dataset):
     return [manager[index] for index in range(len(manager))]
 
 
-@needs_trainer
 @pytest.mark.parametrize("suffix", ["hv", "wan", "qi"])
 def test_the_trainer_reads_masks_of_pictures(trainer, tmp_path, suffix):
     images, masks, cache = (tmp_path / name for name in ("images", "masks", "cache"))
@@ -196,7 +177,6 @@ def write_clip(path, count, fps, size=(160, 128)):
         container.mux(stream.encode())
 
 
-@needs_trainer
 @pytest.mark.parametrize("suffix", ["hv", "wan"])
 @pytest.mark.parametrize(
     "extraction",
@@ -239,7 +219,6 @@ def test_the_mask_of_a_clip_gets_the_frames_that_the_trainer_gave_the_clip(train
         assert any(key.startswith("mask_weights_") for key in batch)
 
 
-@needs_trainer
 def test_masks_are_added_while_the_trainer_saves(trainer, tmp_path):
     from masked_loss_triton.cache.encode import _wrap_saving
 
@@ -258,7 +237,6 @@ def test_masks_are_added_while_the_trainer_saves(trainer, tmp_path):
     assert len(saved) == 1
 
 
-@needs_trainer
 def test_the_trainer_accepts_the_dataset_file_without_our_keys(trainer, tmp_path):
     import json
 
@@ -279,7 +257,6 @@ def test_the_trainer_accepts_the_dataset_file_without_our_keys(trainer, tmp_path
     generator.generate(trainer.config.load_user_config(str(stripped)), arguments, architecture="wan")
 
 
-@needs_trainer
 def test_layered_caches_of_the_trainer(trainer, tmp_path):
     images, cache = tmp_path / "images", tmp_path / "cache"
     images.mkdir()
@@ -306,7 +283,6 @@ def test_layered_caches_of_the_trainer(trainer, tmp_path):
         )
 
 
-@needs_trainer
 def test_one_frame_caches_of_the_trainer(trainer, tmp_path):
     images, controls, masks, cache = (tmp_path / name for name in ("images", "controls", "masks", "cache"))
     for folder in (images, controls, masks):

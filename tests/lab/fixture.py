@@ -1,0 +1,324 @@
+"""Data to train on: pictures, clips, masks, captions, tiny random weights, and caches that the trainer's own scripts wrote.
+
+    MUSUBI_REPO=... python -m tests.lab.fixture FOLDER
+
+Latents come from the trainer's caching scripts with tiny random VAEs; text caches are random tensors of the real shapes, saved by
+the trainer's own functions for the items that its own datasets list. `ensure_fixture` makes the folder once and keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.lab import tiny
+
+ROOT = Path(__file__).parents[2]
+RESOLUTION = {"image": (256, 256), "video": (128, 128)}
+SIZES = {**{f"img{index}": (256, 256) for index in range(6)}, "img6": (384, 256), "img7": (200, 320)}  # width, height
+WITH_ALPHA = ("img4", "img5")
+CLIP_FRAMES, CLIP_SIDE = 9, 128
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the trainer calls a model family, and the flags of a usual run.
+
+    Attributes:
+        script: name of the training script and of its module.
+        caching: the same of the script that caches latents.
+        suffix: ends the names of caches.
+        network: module of the trainer's own LoRA.
+        vae: dtype of the VAE's weights.
+        flags: for the training script.
+    """
+
+    script: str
+    caching: str
+    suffix: str
+    network: str
+    vae: str
+    flags: tuple[str, ...]
+    kinds: tuple[str, ...] = ("image", "video")
+
+
+SHIFT = ("--timestep_sampling", "shift", "--discrete_flow_shift")
+FAMILIES = {
+    "wan": Family(
+        "wan_train_network", "wan_cache_latents", "wan", "networks.lora_wan", "fp32", ("--task", "t2v-1.3B", *SHIFT, "3.0")
+    ),
+    "hv": Family("hv_train_network", "cache_latents", "hv", "networks.lora", "fp32", (*SHIFT, "7.0")),
+    "qwen": Family(
+        "qwen_image_train_network", "qwen_image_cache_latents", "qi", "networks.lora_qwen_image", "bf16",
+        ("--weighting_scheme", "none", *SHIFT, "2.2"), kinds=("image",),
+    ),
+}  # fmt: skip
+
+
+def ensure_fixture() -> Path:
+    """The folder of the fixture, made on first use (about two minutes), in the user's cache folder.
+
+    Its name holds a hash of what makes it: a change of this file, of the models or of the checkout makes another one.
+    """
+    sources = [Path(__file__), Path(tiny.__file__)]
+    content = b"".join(path.read_bytes() for path in sources) + os.environ["MUSUBI_REPO"].encode()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masked_loss_triton"
+    home.mkdir(parents=True, exist_ok=True)
+    folder = home / f"lab-{hashlib.sha256(content).hexdigest()[:12]}"
+    with open(home / "lab.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            command = [sys.executable, "-m", "tests.lab.fixture", str(folder)]
+            made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise RuntimeError(f"the fixture of the lab was not made:\n{(made.stdout + made.stderr)[-3000:]}")
+            (folder / "complete").touch()
+    return folder
+
+
+def trainer_path() -> None:
+    """Makes the checkout importable, with tiny models."""
+    sys.path.insert(0, str(Path(os.environ["MUSUBI_REPO"]) / "src"))
+    tiny.install()
+
+
+def weights(fixture: Path, family: str, model: str, dtype: str) -> Path:
+    return fixture / "weights" / f"{family}_{model}_{dtype}.safetensors"
+
+
+def write_toml(
+    path: Path,
+    fixture: Path,
+    caches: Path,
+    kinds: Sequence[str],
+    batch_size: int = 1,
+    masks: Sequence[str] = (),
+    images: Path | None = None,
+) -> Path:
+    """Writes the trainer's dataset file.
+
+    Args:
+        path: the file.
+        fixture: the folder of pictures and clips.
+        caches: the folder with a folder of caches for each kind.
+        kinds: "image" or "video", each a dataset.
+        masks: a folder of the fixture for each kind, as key `mask_directory` of ours; none without.
+        images: the folder of pictures, `fixture / "images"` when None.
+    """
+    lines = ["[general]", 'caption_extension = ".txt"', "enable_bucket = true", f"batch_size = {batch_size}"]
+    for index, kind in enumerate(kinds):
+        folder = images if images and kind == "image" else fixture / f"{kind}s"
+        lines += ["[[datasets]]", f"resolution = {list(RESOLUTION[kind])}", f'{kind}_directory = "{folder}"']
+        lines += [f'cache_directory = "{caches / kind}"']
+        if kind == "video":
+            lines += ["target_frames = [1, 9]", 'frame_extraction = "head"']
+        if index < len(masks):
+            lines += [f'mask_directory = "{fixture / masks[index]}"']
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def picture_masks() -> dict[str, np.ndarray]:
+    """A mask for each picture, uint8 (height, width): halves, a soft disc, all white, one of 2 x 2 latent cells, boxes."""
+    masks = {}
+    for name, (width, height) in SIZES.items():
+        mask = np.zeros((height, width), np.uint8)
+        if name == "img0":
+            mask[:, width // 2 :] = 255
+        elif name == "img1":
+            y, x = np.mgrid[:height, :width]
+            mask[:] = np.clip((100 - np.hypot(x - width / 2, y - height / 2)) / 40, 0, 1) * 255
+        elif name == "img2":
+            mask[:] = 255
+        elif name == "img3":
+            mask[32:48, 64:80] = 255
+        elif name in WITH_ALPHA:
+            mask[40:200, 56:180] = 255
+        else:
+            mask[:, : width // 3] = 255
+        masks[name] = mask
+    return masks
+
+
+def write_pictures(fixture: Path) -> None:
+    """Pictures of waves and noise with captions in `images`, their masks in `masks`, white ones in `masks_white`."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "masks", "masks_white"):
+        (fixture / folder).mkdir(parents=True, exist_ok=True)
+    for index, (name, mask) in enumerate(picture_masks().items()):
+        height, width = mask.shape
+        y, x = np.mgrid[:height, :width]
+        waves = [
+            127 + 127 * np.sin(x / (7 + index)),
+            127 + 127 * np.cos(y / (11 + index)),
+            (x + y) * 255 / (width + height),
+        ]
+        pixels = np.stack(waves, -1) + random.normal(0, 12, (height, width, 3))
+        picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        if name in WITH_ALPHA:
+            picture.putalpha(Image.fromarray(mask))
+        picture.save(fixture / "images" / f"{name}.png")
+        (fixture / "images" / f"{name}.txt").write_text(f"synthetic pattern number {index}")
+        Image.fromarray(mask).save(fixture / "masks" / f"{name}.png")
+        Image.new("L", (width, height), 255).save(fixture / "masks_white" / f"{name}.png")
+
+
+def write_clips(fixture: Path) -> None:
+    """Two clips of a moving block; `video_masks` has a still mask for the first and a mask video for the second."""
+    for folder in ("videos", "video_masks"):
+        (fixture / folder).mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:CLIP_SIDE, :CLIP_SIDE]
+    for clip in range(2):
+        frames = []
+        masks = np.zeros((CLIP_FRAMES, CLIP_SIDE, CLIP_SIDE, 3), np.uint8)
+        for t in range(CLIP_FRAMES):
+            waves = [127 + 127 * np.sin((x + 3 * t) / (6 + clip)), 127 + 127 * np.cos((y - 2 * t) / 9), (x + y) / 2]
+            frame = np.stack(waves, -1)
+            block = np.s_[32:96, 16 + 6 * t : 56 + 6 * t]
+            frame[block], masks[t][block] = (255, 40 + 60 * clip, 0), 255
+            frames.append(np.clip(frame, 0, 255).astype(np.uint8))
+        write_clip(fixture / "videos" / f"vid{clip}.mp4", frames)
+        (fixture / "videos" / f"vid{clip}.txt").write_text(f"a moving block, clip {clip}")
+        if clip == 0:
+            Image.fromarray(masks.max(axis=0)[..., 0]).save(fixture / "video_masks" / "vid0.png")
+        else:
+            write_clip(fixture / "video_masks" / "vid1.mp4", masks)
+
+
+def write_clip(path: Path, frames: Sequence[np.ndarray]) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt, stream.options = CLIP_SIDE, CLIP_SIDE, "yuv420p", {"crf": "1"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fills all parameters with random values, the zero-initialised outputs too, so that gradients reach every LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            random = torch.randn(value.shape, generator=generator)
+            scale = value[0].numel() ** -0.5 if value.ndim >= 2 else 0.05
+            value.copy_(scale * random + (value.ndim < 2 and "bias" not in name))
+    return model
+
+
+def write_weights(fixture: Path) -> None:
+    """Random weights of the tiny models, in the files and dtypes that the trainers read."""
+    (fixture / "weights").mkdir(parents=True, exist_ok=True)
+
+    def save(model: torch.nn.Module, family: str, name: str, *dtypes: str) -> None:
+        for dtype in dtypes:
+            kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+            tensors = {key: value.detach().to(kind).contiguous() for key, value in model.state_dict().items()}
+            save_file(tensors, weights(fixture, family, name, dtype))
+
+    torch.manual_seed(0)
+    from musubi_tuner.hunyuan_model.autoencoder_kl_causal_3d import AutoencoderKLCausal3D
+    from musubi_tuner.hunyuan_model.models import load_dit_model
+    from musubi_tuner.qwen_image.qwen_image_autoencoder_kl import AutoencoderKLQwenImage
+    from musubi_tuner.qwen_image.qwen_image_model import QwenImageTransformer2DModel
+    from musubi_tuner.wan.configs import WAN_CONFIGS
+    from musubi_tuner.wan.modules.model import WanModel
+    from musubi_tuner.wan.modules.vae import WanVAE_
+
+    config = WAN_CONFIGS["t2v-1.3B"]
+    names = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
+    wan = WanModel(model_type="t2v", attn_mode="torch", **{name: getattr(config, name) for name in names})
+    save(randomise(wan, 1), "wan", "dit", "bf16", "fp32")
+    vae = WanVAE_(
+        dim=tiny.WAN_VAE_DIM, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+        temperal_downsample=[False, True, True],
+    )  # fmt: skip
+    save(randomise(vae, 2), "wan", "vae", "fp32")
+
+    factory = {"device": "cpu", "dtype": torch.float32, "attn_mode": "torch", "split_attn": False}
+    save(randomise(load_dit_model(4096, 768, 16, 16, factory), 3), "hv", "dit", "bf16")
+    vae = AutoencoderKLCausal3D.from_config(
+        {
+            "act_fn": "silu", "down_block_types": ["DownEncoderBlockCausal3D"] * 4, "in_channels": 3,
+            "up_block_types": ["UpDecoderBlockCausal3D"] * 4, "latent_channels": 16, "layers_per_block": 2,
+            "norm_num_groups": 32, "out_channels": 3, "sample_size": 256, "sample_tsize": 64,
+            "scaling_factor": 0.476986, "time_compression_ratio": 4, "mid_block_add_attention": True,
+        }
+    )  # fmt: skip
+    save(randomise(vae, 4), "hv", "vae", "fp32")
+    save(randomise(QwenImageTransformer2DModel(), 5), "qwen", "dit", "bf16")
+    save(randomise(AutoencoderKLQwenImage(), 6), "qwen", "vae", "bf16")
+
+
+def cache_latents(fixture: Path, family: str, toml: Path) -> None:
+    """Runs the trainer's own caching script in this process."""
+    names = FAMILIES[family]
+    module = importlib.import_module(f"musubi_tuner.{names.caching}")
+    torch.manual_seed(0)  # HunyuanVideo's script draws its latents from the VAE's posterior
+    vae = weights(fixture, family, "vae", names.vae)
+    sys.argv = [f"{names.caching}.py", "--dataset_config", str(toml), "--device", "cpu", "--vae", str(vae)]
+    module.main()
+
+
+def cache_text(family: str, toml: Path) -> None:
+    """Writes random text caches, of different lengths, the same for the same item in every run."""
+    from musubi_tuner.dataset import config_utils
+    from musubi_tuner.dataset import image_video_dataset as saving
+
+    generator = config_utils.BlueprintGenerator(config_utils.ConfigSanitizer())
+    config = config_utils.load_user_config(str(toml))
+    args = argparse.Namespace(debug_dataset=False)
+    blueprint = generator.generate(config, args, architecture=FAMILIES[family].suffix)
+    datasets = config_utils.generate_dataset_group_by_blueprint(blueprint.dataset_group).datasets
+    for dataset in datasets:
+        batches = dataset.retrieve_text_encoder_output_cache_batches(1)
+        for index, item in enumerate(item for batch in batches for item in batch):
+            random = torch.Generator().manual_seed(zlib.crc32(item.item_key.encode()))
+            length = 8 + index % 5
+            if family == "wan":
+                saving.save_text_encoder_output_cache_wan(item, torch.randn(length, 4096, generator=random).bfloat16())
+            elif family == "hv":
+                mask = (torch.arange(256) < 20 + length).long()
+                text = torch.randn(256, 4096, generator=random).half()
+                saving.save_text_encoder_output_cache(item, text, mask, True)
+                saving.save_text_encoder_output_cache(item, torch.randn(768, generator=random).half(), None, False)
+            else:
+                text = torch.randn(length, 3584, generator=random).bfloat16()
+                saving.save_text_encoder_output_cache_qwen_image(item, text)
+
+
+def main(folder: str, family: str = "") -> None:
+    """Makes the fixture; each family's caches in a process of their own, since the scripts are written to run once."""
+    fixture = Path(folder).absolute()
+    trainer_path()
+    if family:
+        caches = fixture / "cache" / family
+        toml = write_toml(fixture / f"{family}.toml", fixture, caches, FAMILIES[family].kinds)
+        cache_latents(fixture, family, toml)
+        cache_text(family, toml)
+        return
+    write_pictures(fixture)
+    write_clips(fixture)
+    write_weights(fixture)
+    for name in FAMILIES:
+        subprocess.run([sys.executable, "-m", "tests.lab.fixture", str(fixture), name], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
