@@ -46,8 +46,8 @@ def routed(
         loss = weights.loss(pred, FlowTarget(noise, latents))
 
     Kept are the tokens that the loss weights, grown by `grow` patches, then a random part of the others; when more carry weight
-    than fit, a random part of them sits the step out. Dropped tokens weigh nothing in either term. Text and control pictures are always
-    kept. With keep=1 nothing is changed. A teacher's pass belongs outside: within, it would be routed like the student's.
+    than fit, a random part of them sits the step out. Dropped tokens weigh nothing in either term. Text and control pictures are
+    always kept. With keep=1 nothing is changed. A teacher's pass belongs outside: within, it would be routed like the student's.
 
     Args:
         model: a WanTransformer3DModel, HunyuanVideoTransformer3DModel or QwenImageTransformer2DModel of diffusers, itself.
