@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file, save_file
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, load_datasets
+from masked_loss_triton.cache.dataset import load_datasets
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.inject import inject, prepare
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
@@ -128,7 +129,7 @@ def test_mask_file_to_weights(benchmark, files, name):
 @pytest.mark.benchmark(group="mask file into the cache")
 @pytest.mark.parametrize("name", ["masked_loss", "blissful"])
 def test_mask_file_into_the_cache(benchmark, files, name):
-    prepared = prepare(load_datasets(files / "dataset.toml")[0], ARCHITECTURES["wan"])
+    prepared = prepare(load_datasets(files / "dataset.toml")[0], FAMILIES["wan"])
     assert len(prepared.items) == COUNT
 
     def peer(item) -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, Architecture, load_datasets
+from masked_loss_triton.cache.dataset import load_datasets
+from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX
 from masked_loss_triton.cache.items import LATENT_KEY, find_caches
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
@@ -62,15 +63,15 @@ def inspect_caches(dataset_config: str, suffix: str) -> CacheReport:
     Raises:
         UserError: when a cache is damaged, has no mask, or one that does not fit its latents; the first such file is named.
     """
-    name = next((name for name, one in ARCHITECTURES.items() if suffix in one.suffixes), suffix)
-    known = ARCHITECTURES.get(name, Architecture((suffix,), None))
-    architecture = dataclasses.replace(known, suffixes=(suffix,))
+    name = family_of(suffix) or suffix
+    known = FAMILIES.get(name, Family(suffixes=(suffix,), fps=None, caching_script=""))
+    family = dataclasses.replace(known, suffixes=(suffix,))
     command = f"masked-loss cache --dataset_config {dataset_config} --arch {name} --alpha_mask or --mask_directory DIR"
     sources: collections.Counter[str] = collections.Counter()
     baked: dict[str, set[str]] = {}
     unmasked = []
     for dataset in load_datasets(dataset_config):
-        for item in find_caches(dataset, architecture, {}):
+        for item in find_caches(dataset, family, {}):
             file = read_header(item.path)
             weights = [key for key in file.tensors if key.startswith(WEIGHTS_PREFIX)]
             if not weights:

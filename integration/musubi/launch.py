@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from masked_loss_triton.cache.encode import import_trainer
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import options
 from masked_loss_triton.integration.musubi.trainer import masked_class
-
-# The module of each model family, and its trainer's class, by the names of one generation and the other.
-TRAINERS = {
-    "hv": ("hv_train_network", ("HunyuanVideoNetworkTrainer", "NetworkTrainer")),
-    "wan": ("wan_train_network", ("WanNetworkTrainer",)),
-    "qwen": ("qwen_image_train_network", ("QwenImageNetworkTrainer",)),
-}
 
 
 def launch(family: str, arguments: Sequence[str], checkout: str | None = None) -> None:
     """Runs the trainer's own main in this process.
 
     Args:
-        family: "hv", "wan" or "qwen".
+        family: one of `masked_loss_triton.cache.families.TRAINED`.
         arguments: the trainer's command line, with our flags among its own.
         checkout: a folder of its source code, or None for the installed package.
 
@@ -35,7 +29,7 @@ def launch(family: str, arguments: Sequence[str], checkout: str | None = None) -
     parser = module.setup_parser_common
     module.setup_parser_common = lambda: options.add_arguments(parser())
     setattr(module, trainer.__name__, masked_class(trainer))
-    sys.argv = [f"{TRAINERS[family][0]}.py", *arguments]
+    sys.argv = [f"{FAMILIES[family].training_script}.py", *arguments]
     module.main()
 
 
@@ -52,7 +46,7 @@ def find_trainer(family: str, checkout: str | None) -> tuple[Any, type]:
         if source is None:
             raise UserError(f"--musubi {checkout}: no musubi_tuner in it: name the folder of the trainer's checkout", 2)
         sys.path.insert(0, str(source))
-    file, names = TRAINERS[family]
+    file, names = FAMILIES[family].training_script, FAMILIES[family].trainers
     module = import_trainer(f"musubi_tuner.{file}", "name its checkout with --musubi FOLDER")
     for name in names:
         # Defined here and not imported from another family's module.

@@ -5,4 +5,4 @@ Options go to --network_args, for example mask_min_weight=0.05 inverted_mask_pri
 
 from masked_loss_triton.integration.musubi.network_module import network_functions
 
-create_arch_network, create_arch_network_from_weights = network_functions("lora")
+create_arch_network, create_arch_network_from_weights = network_functions("hv")

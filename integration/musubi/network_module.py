@@ -11,24 +11,33 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from masked_loss_triton.cache.families import FAMILIES, family_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions, take_from
 from masked_loss_triton.integration.musubi.trainer import masked_class
 
 
-def network_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`create_arch_network` and `create_arch_network_from_weights` of the trainer's LoRA module `musubi_tuner.networks.<name>`,
-    with masked loss switched on by the first network that is to be trained."""
-    real = importlib.import_module(f"musubi_tuner.networks.{name}")
+def network_functions(family: str | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the trainer's own `create_arch_network` and `create_arch_network_from_weights`, with masked loss switched on by
+    the first network that is to be trained.
+
+    Args:
+        family: a name of `FAMILIES`; None asks the trainer which family it trains.
+    """
+
+    def names() -> tuple[str, Any]:
+        name = FAMILIES[family or family_of(_caller()[0].architecture) or ""].network
+        return str(name), importlib.import_module(f"musubi_tuner.networks.{name}")
 
     def create_arch_network(*given: Any, **named: Any) -> Any:
-        options = take_from(named)
-        network = real.create_arch_network(*given, **named)
+        options, (name, module) = take_from(named), names()
+        network = module.create_arch_network(*given, **named)
         _switch_on(name, options)
         return network
 
     def create_arch_network_from_weights(*given: Any, **named: Any) -> Any:
-        network = real.create_arch_network_from_weights(*given, **named)
+        name, module = names()
+        network = module.create_arch_network_from_weights(*given, **named)
         if not named.get("for_inference"):
             _switch_on(name)
         return network

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.cache.dataset import Architecture, Dataset
+from masked_loss_triton.cache.dataset import Dataset
+from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.items import CacheItem, LatentShape
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
@@ -53,7 +54,7 @@ class Weights:
 
 
 def find_inputs(
-    item: CacheItem, shape: LatentShape, dataset: Dataset, architecture: Architecture, masks: MaskDirectory | None
+    item: CacheItem, shape: LatentShape, dataset: Dataset, family: Family, masks: MaskDirectory | None
 ) -> Inputs:
     """Looks up the possible masks of an item and hashes their contents; decodes none.
 
@@ -63,7 +64,7 @@ def find_inputs(
     targets: tuple[Path | None, ...] = item.source.targets if item.source is not None else (None,)
     candidates = tuple(_candidates(item, target, dataset, masks) for target in targets)
     operations = dataclasses.asdict(dataset.operations)
-    fps = (dataset.source_fps, architecture.fps) if dataset.source_fps is not None and item.window else None
+    fps = (dataset.source_fps, family.fps) if dataset.source_fps is not None and item.window else None
     name = item.stem if dataset.operations.mask_blur_random else None
     contents = [
         [(one.kind, _digest(one, target)) for one in group] for group, target in zip(candidates, targets, strict=True)
@@ -149,7 +150,7 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
 
 
 def compute_clip_weights(
-    items: list[CacheItem], shapes: list[LatentShape], inputs: Inputs, dataset: Dataset, architecture: Architecture
+    items: list[CacheItem], shapes: list[LatentShape], inputs: Inputs, dataset: Dataset, family: Family
 ) -> list[Weights]:
     """The weights of all windows of one clip; its mask is decoded once. All shapes have the same height and width.
 
@@ -160,7 +161,7 @@ def compute_clip_weights(
     needed = max(item.window[0] + item.window[1] for item in items if item.window)
     clip = first.source.targets[0] if first.source is not None else None
     for chosen in candidates:
-        planes = _clip_planes(chosen, clip, first, shape, needed, dataset, architecture)
+        planes = _clip_planes(chosen, clip, first, shape, needed, dataset, family)
         if planes is None:
             continue
         if 1 < len(planes) < needed:
@@ -192,7 +193,7 @@ def _clip_planes(
     shape: LatentShape,
     needed: int,
     dataset: Dataset,
-    architecture: Architecture,
+    family: Family,
 ) -> np.ndarray | None:
     """(T, h, w) float32 for the first `needed` frames that the trainer keeps, T = 1 for a still; None: passed over."""
     size = clip_size(clip) if clip is not None and clip.exists() else None
@@ -207,7 +208,7 @@ def _clip_planes(
         mask, _ = read_still([chosen])
         assert mask is not None
         return plane(mask)[None]
-    fps = architecture.fps if dataset.source_fps is not None else None
+    fps = family.fps if dataset.source_fps is not None else None
     keep = iter(kept_frames(None, dataset.source_fps, fps))
     wanted = next(keep)
     planes, lowest = [], 255

@@ -29,30 +29,6 @@ FOREIGN_KEYS = ("watermark_mask_suffix", "loss_mask_directory", "default_loss_ma
 SIDES, RATES = (16, 16384), (0.01, 1000.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the trainer's names for a model family mean to its caches.
-
-    Attributes:
-        suffixes: short names that end the cache files.
-        fps: frame rate that clips with `source_fps` are brought to, or None where the trainer takes no clips.
-        bucket_step: sides of buckets are multiples of it, pixels.
-    """
-
-    suffixes: tuple[str, ...]
-    fps: float | None
-    bucket_step: int = 16
-
-
-# Source: musubi-tuner 0.3.4, dataset/architectures.py, image_video_dataset.py, bucket.py.
-ARCHITECTURES = {
-    "hv": Architecture(("hv",), 24.0),
-    "hv15": Architecture(("hv15",), 24.0),
-    "wan": Architecture(("wan",), 16.0),
-    "qwen": Architecture(("qi", "qie", "qil"), None),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
     """One [[datasets]] entry, with [general] and the command line merged in.

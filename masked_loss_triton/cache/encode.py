@@ -17,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from masked_loss_triton.cache.dataset import without_mask_keys
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.inject import Outcome, Prepared, inject
 from masked_loss_triton.cache.items import parse_cache
 from masked_loss_triton.errors import UserError
 
-SCRIPTS = {
-    "hv": "cache_latents",
-    "hv15": "hv_1_5_cache_latents",
-    "wan": "wan_cache_latents",
-    "qwen": "qwen_image_cache_latents",
-}
-# Where every architecture's saving ends: musubi-tuner, and the older layout that blissful-tuner has.
+# Where every family's saving ends: musubi-tuner, and the older layout that blissful-tuner has.
 SAVE_MODULES = ("musubi_tuner.dataset.cache_io", "musubi_tuner.dataset.image_video_dataset")
 SAVE_FUNCTION = "save_latent_cache_common"
 
@@ -43,12 +38,13 @@ def run_caching_script(args: argparse.Namespace, prepared: list[Prepared], done:
     Raises:
         UserError: when the trainer cannot be imported, or its script fails or ends with an error status.
     """
-    script = import_trainer(f"musubi_tuner.{SCRIPTS[args.arch]}")
+    name = FAMILIES[args.arch].caching_script
+    script = import_trainer(f"musubi_tuner.{name}")
     folders = {os.path.realpath(one.dataset.cache_directory): one for one in prepared}
 
     def mask(path: Path) -> None:
         one = folders.get(os.path.realpath(path.parent))
-        item = parse_cache(path, one.dataset, one.architecture, one.sources) if one is not None else None
+        item = parse_cache(path, one.dataset, one.family, one.sources) if one is not None else None
         if one is not None and item is not None:
             for outcome in inject(one, [item], dtype=args.dtype):
                 done(outcome)
@@ -58,16 +54,16 @@ def run_caching_script(args: argparse.Namespace, prepared: list[Prepared], done:
         with tempfile.TemporaryDirectory(prefix="masked_loss_") as folder:
             config = Path(folder) / "dataset.json"
             config.write_text(json.dumps(without_mask_keys(args.dataset_config)), encoding="utf-8")
-            sys.argv = [f"{SCRIPTS[args.arch]}.py", "--dataset_config", str(config), *args.encode]
+            sys.argv = [f"{name}.py", "--dataset_config", str(config), *args.encode]
             script.main()
     except SystemExit as error:
         if error.code not in (None, 0):
-            raise UserError(f"the trainer's {SCRIPTS[args.arch]}.py ended with status {error.code}") from error
+            raise UserError(f"the trainer's {name}.py ended with status {error.code}") from error
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the trainer's {SCRIPTS[args.arch]}.py failed ({reason}): --debug shows where") from error
+        raise UserError(f"the trainer's {name}.py failed ({reason}): --debug shows where") from error
     finally:
         sys.argv = argv
         undo()

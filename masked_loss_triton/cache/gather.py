@@ -33,13 +33,13 @@ def card_from_files(prepared: Prepared, thing: CacheItem | Source, config: Maske
     if isinstance(thing, CacheItem):
         item = thing
         file = read_header(item.path)
-        shape = latent_shape(file, item, dataset, prepared.architecture)
+        shape = latent_shape(file, item, dataset, prepared.family)
     else:
         item, shape = _preview(prepared, thing)
     raw, origin = _raw_weights(prepared, item, shape, file)
     mask = raw[len(raw) // 2]
     if item.window is None and item.source is not None:
-        candidates = find_inputs(item, shape, dataset, prepared.architecture, prepared.masks).candidates[0]
+        candidates = find_inputs(item, shape, dataset, prepared.family, prepared.masks).candidates[0]
         pixels, chosen = read_still(list(candidates))
         if pixels is not None and chosen is not None:
             aligned = align_to_picture(pixels, item.size, chosen.path, item.source.targets[0], chosen.kind == "default")
@@ -81,13 +81,13 @@ def _preview(prepared: Prepared, source: Source) -> tuple[CacheItem, LatentShape
     target, dataset = source.targets[0], prepared.dataset
     window, frames = None, len(source.targets)
     if dataset.is_video:
-        size = bucket_size(clip_size(target), dataset, prepared.architecture)
+        size = bucket_size(clip_size(target), dataset, prepared.family)
         steps = max(0, min(clip_frame_count(target) or 1, PREVIEW_FRAMES) - 1) // PREVIEW_STRIDE
         window, frames = (0, steps * PREVIEW_STRIDE + 1), steps + 1
     else:
         with open_image(target) as image:
             size = image.size
-    width, height = bucket_size(size, dataset, prepared.architecture)
+    width, height = bucket_size(size, dataset, prepared.family)
     shape = LatentShape(frames, height // PREVIEW_CELL, width // PREVIEW_CELL, PREVIEW_CELL)
     return CacheItem(Path(f"(no cache of {source.stem})"), source.stem, size, window, source), shape
 
@@ -98,10 +98,10 @@ def _raw_weights(
     cached = _cached_weights(file, shape) if file is not None else None
     if cached is not None and file is not None:
         return cached, _origin(file)
-    dataset, architecture = prepared.dataset, prepared.architecture
-    inputs = find_inputs(item, shape, dataset, architecture, prepared.masks)
+    dataset, family = prepared.dataset, prepared.family
+    inputs = find_inputs(item, shape, dataset, family, prepared.masks)
     if item.window is not None:
-        result = compute_clip_weights([item], [shape], inputs, dataset, architecture)[0]
+        result = compute_clip_weights([item], [shape], inputs, dataset, family)[0]
     else:
         header = file if file is not None else TensorFile(item.path, {}, {}, 0)
         result = compute_weights(item, header, shape, inputs, dataset)
@@ -131,7 +131,7 @@ def _pictures(prepared: Prepared, item: CacheItem, shape: LatentShape) -> list[n
         targets = item.source.targets
         return [resize_to_bucket(read_picture(target, exif=False).rgb, shape.bucket) for target in targets]
     dataset = prepared.dataset
-    fps = prepared.architecture.fps if dataset.source_fps is not None else None
+    fps = prepared.family.fps if dataset.source_fps is not None else None
     start, count = item.window
     stride = (count - 1) // (shape.frames - 1) if shape.frames > 1 else 1
     kept = kept_frames(None, dataset.source_fps, fps)

@@ -16,7 +16,8 @@ from masked_loss_triton.cache.align import (
     compute_weights,
     find_inputs,
 )
-from masked_loss_triton.cache.dataset import Architecture, Dataset
+from masked_loss_triton.cache.dataset import Dataset
+from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError
@@ -45,7 +46,7 @@ class Prepared:
     """A dataset with its pictures, masks and caches looked up."""
 
     dataset: Dataset
-    architecture: Architecture
+    family: Family
     masks: MaskDirectory | None
     sources: dict[str, Source]
     items: list[CacheItem]
@@ -61,17 +62,17 @@ class Prepared:
         yield from clips.values()
 
 
-def prepare(dataset: Dataset, architecture: Architecture) -> Prepared:
+def prepare(dataset: Dataset, family: Family) -> Prepared:
     """Lists the pictures, masks and caches of a dataset.
 
     Raises:
         UserError: naming the folder that cannot be read, or a dataset of clips where the model family has none.
     """
-    if dataset.is_video and architecture.fps is None:
-        raise UserError(f"{dataset.name} has clips, which this architecture is not trained on: check --arch", 2)
+    if dataset.is_video and family.fps is None:
+        raise UserError(f"{dataset.name} has clips, which this model family is not trained on: check --arch", 2)
     masks = MaskDirectory(dataset.mask_directory) if dataset.mask_directory is not None else None
     sources = find_sources(dataset)
-    return Prepared(dataset, architecture, masks, sources, find_caches(dataset, architecture, sources))
+    return Prepared(dataset, family, masks, sources, find_caches(dataset, family, sources))
 
 
 def inject(
@@ -91,8 +92,8 @@ def inject(
     for item in job:
         try:
             file = read_header(item.path)
-            shape = latent_shape(file, item, prepared.dataset, prepared.architecture)
-            inputs = find_inputs(item, shape, prepared.dataset, prepared.architecture, prepared.masks)
+            shape = latent_shape(file, item, prepared.dataset, prepared.family)
+            inputs = find_inputs(item, shape, prepared.dataset, prepared.family, prepared.masks)
             kinds = {group[0].kind if group else "full" for group in inputs.candidates}
             current = not force and _is_current(file, shape, inputs, dtype)
             if (current and "full" in file.metadata["mask_source"].split(",")) or (dry_run and "full" in kinds):
@@ -120,7 +121,7 @@ def _write(
         items, files, shapes, inputs = (list(column) for column in zip(*group, strict=True))
         try:
             if items[0].window is not None:
-                results = compute_clip_weights(items, shapes, inputs[0], prepared.dataset, prepared.architecture)
+                results = compute_clip_weights(items, shapes, inputs[0], prepared.dataset, prepared.family)
             else:
                 results = [
                     compute_weights(item, file, shape, one, prepared.dataset)

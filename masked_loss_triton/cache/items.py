@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
-from masked_loss_triton.cache.dataset import Architecture, Dataset, refuse_slips
+from masked_loss_triton.cache.dataset import Dataset, refuse_slips
+from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -149,7 +151,7 @@ def _from_line(where: str, line: str, dataset: Dataset) -> Source:
     return Source(stem, tuple(targets), path("mask_path") if entry.get("mask_path") else None)
 
 
-def find_caches(dataset: Dataset, architecture: Architecture, sources: dict[str, Source]) -> list[CacheItem]:
+def find_caches(dataset: Dataset, family: Family, sources: dict[str, Source]) -> list[CacheItem]:
     """The latent caches of a dataset, sorted by name. A folder that does not exist yet has none."""
     try:
         with os.scandir(dataset.cache_directory) as entries:
@@ -159,15 +161,48 @@ def find_caches(dataset: Dataset, architecture: Architecture, sources: dict[str,
     except OSError as error:
         raise UserError(f"cache_directory {dataset.cache_directory} cannot be read ({error.strerror})", 2) from error
     paths = (dataset.cache_directory / name for name in names)
-    return [item for path in paths if (item := parse_cache(path, dataset, architecture, sources)) is not None]
+    return [item for path in paths if (item := parse_cache(path, dataset, family, sources)) is not None]
 
 
-def parse_cache(
-    path: Path, dataset: Dataset, architecture: Architecture, sources: dict[str, Source]
-) -> CacheItem | None:
-    """The item of a file name, or None where it is no latent cache of this architecture and kind of dataset."""
+def families_in(dataset: Dataset) -> Counter[str]:
+    """Counts the latent caches in the folder of a dataset by the short name that ends them."""
+    try:
+        with os.scandir(dataset.cache_directory) as entries:
+            matches = [CACHE_NAME.fullmatch(entry.name) for entry in entries]
+    except OSError:
+        return Counter()
+    return Counter(match["suffix"] for match in matches if match)
+
+
+def choose_family(datasets: list[Dataset], given: str | None) -> str:
+    """Returns the name of the model family: the one that was given, else the one whose caches there are.
+
+    Raises:
+        UserError: where there are none or those of several, with exit status 2.
+    """
+    found = {family_of(suffix) for dataset in datasets for suffix in families_in(dataset)} - {None}
+    if given is None and len(found) != 1:
+        seen = f"caches of {', '.join(sorted(filter(None, found)))}" if found else "no latent caches to see it from"
+        raise UserError(f"there are {seen}: name the model family, --arch {'|'.join(FAMILIES)}", 2)
+    return given or next(filter(None, found))
+
+
+def no_caches(datasets: list[Dataset], family: str) -> UserError:
+    """The error where a family has no caches, with those that lie there instead."""
+    folders = ", ".join(str(dataset.cache_directory) for dataset in datasets)
+    there = sum((families_in(dataset) for dataset in datasets), Counter())
+    others = [
+        f"{count} of {family_of(suffix) or f'a family that is not known here ({suffix})'}"
+        for suffix, count in there.items()
+    ]
+    also = f", but {', '.join(others)}: give the family of these caches with --arch, or" if others else ":"
+    return UserError(f"no {family} latent caches in {folders}{also} run the trainer's caching script first")
+
+
+def parse_cache(path: Path, dataset: Dataset, family: Family, sources: dict[str, Source]) -> CacheItem | None:
+    """The item of a file name, or None where it is no latent cache of this family and kind of dataset."""
     match = CACHE_NAME.fullmatch(path.name)
-    if not match or match["suffix"] not in architecture.suffixes:
+    if not match or match["suffix"] not in family.suffixes:
         return None
     stem, window = match["stem"], None
     if dataset.is_video:
@@ -178,7 +213,7 @@ def parse_cache(
     return CacheItem(path, stem, (int(match["width"]), int(match["height"])), window, sources.get(stem))
 
 
-def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architecture: Architecture) -> LatentShape:
+def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, family: Family) -> LatentShape:
     """The shape of the cached latents; the side of a cell is the bucket's side divided by the latents'.
 
     Raises:
@@ -192,7 +227,7 @@ def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architectu
         raise UserError(f"{file.path}: the shape of its latents is not the one in their name: cache it again")
     if 0 in item.size:
         raise UserError(f"{file.path}: a picture of {item.size[0]}x{item.size[1]} pixels, as its name says: delete it")
-    bucket = bucket_size(item.size, dataset, architecture)
+    bucket = bucket_size(item.size, dataset, family)
     cell = bucket[0] // width if width else 0
     if not cell or (width * cell, height * cell) != bucket:
         raise UserError(
@@ -202,13 +237,13 @@ def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, architectu
     return LatentShape(frames, height, width, cell)
 
 
-def bucket_size(size: tuple[int, int], dataset: Dataset, architecture: Architecture) -> tuple[int, int]:
+def bucket_size(size: tuple[int, int], dataset: Dataset, family: Family) -> tuple[int, int]:
     """(width, height) of the bucket that the trainer gives a picture of this size.
 
     Source: musubi-tuner 0.3.4, dataset/bucket.py.
     """
     width, height = dataset.resolution
-    step = architecture.bucket_step
+    step = family.bucket_step
     if not dataset.enable_bucket:
         return width, height
     if dataset.bucket_no_upscale and size[0] * size[1] <= width * height:

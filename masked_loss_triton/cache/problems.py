@@ -159,7 +159,7 @@ def check_cache(prepared: Prepared, item: CacheItem) -> tuple[list[Problem], boo
         found.append(_problem(prepared, "orphan", item.path, "delete it, or put its picture back"))
     try:
         file = read_header(item.path)
-        shape = latent_shape(file, item, prepared.dataset, prepared.architecture)
+        shape = latent_shape(file, item, prepared.dataset, prepared.family)
     except UserError as error:
         return [*found, _problem(prepared, "cache", item.path, str(error))], True
     names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
@@ -169,7 +169,7 @@ def check_cache(prepared: Prepared, item: CacheItem) -> tuple[list[Problem], boo
         found.append(_problem(prepared, "empty", item.path, "its weights are 0 everywhere: the crop left the mask out"))
     if prepared.dataset.has_mask_source:
         try:
-            inputs = find_inputs(item, shape, prepared.dataset, prepared.architecture, prepared.masks)
+            inputs = find_inputs(item, shape, prepared.dataset, prepared.family, prepared.masks)
         except UserError:
             return found, True  # the mask's own problem is named with its picture
         if file.metadata.get("mask_hash") != inputs.digest:

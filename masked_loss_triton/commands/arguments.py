@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, Dataset, load_datasets
+from masked_loss_triton.cache.dataset import MASK_KEYS, Dataset, load_datasets
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.errors import UserError
 
 
@@ -33,7 +34,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
         "that it does not know",
     )
     parser.add_argument(
-        "--arch", required=required, choices=sorted(ARCHITECTURES), help="the model family of the caches"
+        "--arch", choices=sorted(FAMILIES), help="the model family of the caches (default: of those that are there)"
     )
     sources = parser.add_argument_group("where masks are, in this order (also keys of the dataset file)")
     switch: Any = argparse.BooleanOptionalAction

@@ -58,20 +58,20 @@ def run(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
     from collections import Counter
 
-    from masked_loss_triton.cache.dataset import ARCHITECTURES
     from masked_loss_triton.cache.encode import run_caching_script
+    from masked_loss_triton.cache.families import FAMILIES
     from masked_loss_triton.cache.inject import (
         Outcome,
         inject,
         prepare,
         remove_weights,
     )
-    from masked_loss_triton.errors import UserError
+    from masked_loss_triton.cache.items import choose_family, no_caches
     from masked_loss_triton.files.parallel import default_workers, run_parallel
     from masked_loss_triton.files.progress import Progress, printable
 
-    architecture = ARCHITECTURES[args.arch]
-    prepared = [prepare(dataset, architecture) for dataset in datasets]
+    args.arch = choose_family(datasets, args.arch)
+    prepared = [prepare(dataset, FAMILIES[args.arch]) for dataset in datasets]
     statuses: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     missing: list[str] = []
@@ -89,10 +89,9 @@ def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
         seen: Counter[str] = Counter()
         run_caching_script(args, prepared, lambda outcome: seen.update([outcome.status]))
         print(f"{seen['written']} caches encoded and masked; now those that were there before", file=sys.stderr)
-        prepared = [prepare(dataset, architecture) for dataset in datasets]
+        prepared = [prepare(dataset, FAMILIES[args.arch]) for dataset in datasets]
     if not any(one.items for one in prepared):
-        folders = ", ".join(str(one.dataset.cache_directory) for one in prepared)
-        raise UserError(f"no {args.arch} latent caches in {folders}: run the trainer's caching script first")
+        raise no_caches(datasets, args.arch)
     jobs = ((one, job) for one in prepared for job in one.jobs())
 
     def work(job):

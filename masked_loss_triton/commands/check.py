@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from masked_loss_triton.cache.dataset import ARCHITECTURES
+    from masked_loss_triton.cache.families import FAMILIES
     from masked_loss_triton.cache.inject import Prepared, prepare
-    from masked_loss_triton.cache.items import CacheItem, Source
+    from masked_loss_triton.cache.items import CacheItem, Source, choose_family
     from masked_loss_triton.cache.problems import (
         KINDS,
         Problem,
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     ignored = {kind for kind in args.ignore.split(",") if kind}
     if ignored - set(KINDS):
         raise UserError(f"--ignore: no kind {min(ignored - set(KINDS))!r}; there are {', '.join(KINDS)}", 2)
-    prepared = [prepare(dataset, ARCHITECTURES[args.arch]) for dataset in datasets_from(args, need_source=False)]
+    datasets = datasets_from(args, need_source=False)
+    family = FAMILIES[choose_family(datasets, args.arch)]
+    prepared = [prepare(dataset, family) for dataset in datasets]
     problems: list[Problem] = []
     pictures = sum(len(one.sources) for one in prepared)
     caches = sum(len(one.items) for one in prepared)

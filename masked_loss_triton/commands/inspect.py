@@ -30,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from masked_loss_triton.cache.dataset import ARCHITECTURES
+    from masked_loss_triton.cache.families import FAMILIES
     from masked_loss_triton.cache.gather import card_from_cache, card_from_files
     from masked_loss_triton.cache.inject import prepare
+    from masked_loss_triton.cache.items import choose_family
     from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.config import MaskedLossConfig
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.contact_sheet import Card, draw, save_sheet
     from masked_loss_triton.files.progress import Progress
 
-    if bool(args.cache) == bool(args.dataset_config) or (args.dataset_config and not args.arch):
-        raise UserError("give --cache, or --dataset_config with --arch", 2)
+    if bool(args.cache) == bool(args.dataset_config):
+        raise UserError("give --cache or --dataset_config", 2)
     if args.limit < 1:
         raise UserError(f"--limit must be 1 or more, got {args.limit}", 2)
     try:
@@ -59,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
             files = sorted(given.glob("*.safetensors")) if given.is_dir() else [given]
             jobs += [(card_from_cache, file) for file in files if not file.name.endswith("_te.safetensors")]
     else:
-        for dataset in datasets_from(args, need_source=False):
-            one = prepare(dataset, ARCHITECTURES[args.arch])
+        datasets = datasets_from(args, need_source=False)
+        family = FAMILIES[choose_family(datasets, args.arch)]
+        for dataset in datasets:
+            one = prepare(dataset, family)
             cached = {item.stem for item in one.items}
             jobs += [(card_from_files, one, item) for item in one.items]
             jobs += [(card_from_files, one, source) for stem, source in one.sources.items() if stem not in cached]

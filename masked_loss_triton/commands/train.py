@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from masked_loss_triton.cache.families import FAMILIES, TRAINED
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.integration.musubi.launch import TRAINERS, launch
+    from masked_loss_triton.integration.musubi.launch import launch
 
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--musubi", default=args.musubi)
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
             f"{name} trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with hv, wan or qwen",
             2,
         )
-    if name not in TRAINERS:
-        raise UserError(f"{args.family!r} is no model family: give one of {', '.join(TRAINERS)}", 2)
+    if name not in TRAINED:
+        why = "can be masked in its caches and not trained yet" if name in FAMILIES else "is no model family"
+        raise UserError(f"{args.family!r} {why}: give one of {', '.join(TRAINED)}", 2)
     try:
         launch(name, arguments, known.musubi)
     except UserError:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, Dataset, load_datasets
+from masked_loss_triton.cache.dataset import Dataset, load_datasets
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.items import bucket_size
 from masked_loss_triton.cli import main
 
@@ -28,7 +29,7 @@ class Lab:
 
     @property
     def arch(self) -> str:
-        return next(name for name, one in ARCHITECTURES.items() if self.suffix in one.suffixes)
+        return next(name for name, one in FAMILIES.items() if self.suffix in one.suffixes)
 
     def write_toml(self, general: str = "", entry: str = "", kind: str = "image") -> None:
         text = f'[general]\ncaption_extension = ".txt"\nenable_bucket = true\n{general}\n[[datasets]]\n'
@@ -51,7 +52,7 @@ class Lab:
 
     def add_cache(self, stem: str, size=(160, 120), frames=1, cell=8, extra=None, dtype=torch.bfloat16) -> Path:
         """A latent cache of a picture (`size`) or, with a window in `stem`, of a clip (`size` its bucket)."""
-        width, height = bucket_size(size, self.dataset(), ARCHITECTURES[self.arch])
+        width, height = bucket_size(size, self.dataset(), FAMILIES[self.arch])
         h, w = height // cell, width // cell
         name = str(dtype).removeprefix("torch.")
         tensors = {f"latents_{frames}x{h}x{w}_{name}": torch.randn(16, frames, h, w).to(dtype), **(extra or {})}

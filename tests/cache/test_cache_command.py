@@ -272,6 +272,27 @@ def test_a_cache_that_was_cut_short_is_named_and_the_rest_is_done(lab, capsys):
     assert cut.read_bytes() == data
 
 
+def test_the_family_is_that_of_the_caches(lab, capsys):
+    from masked_loss_triton.cli import main
+
+    lab.picture("a", mask=disc((160, 120)))
+    flags = ["--dataset_config", str(lab.toml), "--mask_directory", str(lab.masks)]
+    assert main(["cache", *flags]) == 2
+    assert "no latent caches to see it from: name the model family, --arch hv|" in capsys.readouterr().err
+    path = lab.add_cache("a")
+    assert main(["cache", *flags, "--arch", "hv"]) == 1
+    assert "no hv latent caches in" in (said := capsys.readouterr().err)
+    assert "but 1 of wan: give the family of these caches with --arch" in said
+    for command in (["cache"], ["check"], ["inspect", "--out", str(lab.folder / "sheet")]):
+        assert main([*command, *flags]) == 0
+    assert weights(path).shape == (1, 14, 18)
+    path.with_name("b_0160x0120_f2k4b.safetensors").touch()
+    assert main(["cache", *flags]) == 0, "the trainer has families that are not known here"
+    path.with_name("b_0160x0120_qi.safetensors").touch()
+    assert main(["cache", *flags]) == 2
+    assert "there are caches of qwen, wan: name the model family" in capsys.readouterr().err
+
+
 def test_an_orphaned_cache_gets_its_mask_by_stem(lab):
     Image.fromarray(disc((160, 120))).save(lab.masks / "gone.png")
     path = lab.add_cache("gone")

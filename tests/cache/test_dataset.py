@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, MASK_KEYS, load_datasets, refuse_slips, without_mask_keys
+from masked_loss_triton.cache.dataset import MASK_KEYS, load_datasets, refuse_slips, without_mask_keys
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.items import bucket_size, find_caches, find_sources
 from masked_loss_triton.errors import UserError
 from tests.masks.test_geometry import STORED
@@ -181,7 +182,7 @@ def test_buckets_are_those_the_trainer_gave(tmp_path, case):
     text = f"[[datasets]]\nimage_directory = 'x'\nresolution = {case['resolution']}\n"
     text += f"enable_bucket = {str(case['enable']).lower()}\nbucket_no_upscale = {str(case['no_upscale']).lower()}\n"
     (dataset,) = load_datasets(write(tmp_path, text))
-    chosen = [list(bucket_size(tuple(size), dataset, ARCHITECTURES["wan"])) for size in STORED["sizes"]]
+    chosen = [list(bucket_size(tuple(size), dataset, FAMILIES["wan"])) for size in STORED["sizes"]]
     assert chosen == case["buckets"]
 
 
@@ -205,7 +206,7 @@ def test_pictures_and_caches_are_listed_as_the_trainer_lists_them(tmp_path):
     (dataset,) = load_datasets(write(tmp_path, text + f"cache_directory = '{cache}'\n"))
     sources = find_sources(dataset)
     assert sorted(sources) == ["a", "b", "d_0.v1"]
-    items = find_caches(dataset, ARCHITECTURES["wan"], sources)
+    items = find_caches(dataset, FAMILIES["wan"], sources)
     assert [(item.stem, item.size) for item in items] == [
         ("a", (10, 20)),
         ("d_0.v1", (12345, 20)),
@@ -224,6 +225,6 @@ def test_windows_of_clips_come_from_the_names(tmp_path):
     (tmp_path / "clips" / "my_clip.mp4").touch()
     text = f"[[datasets]]\nvideo_directory = '{tmp_path}/clips'\ncache_directory = '{cache}'\n"
     (dataset,) = load_datasets(write(tmp_path, text))
-    (item,) = find_caches(dataset, ARCHITECTURES["hv"], find_sources(dataset))
+    (item,) = find_caches(dataset, FAMILIES["hv"], find_sources(dataset))
     assert (item.stem, item.window, item.size) == ("my_clip", (4, 9), (128, 128))
     assert item.source is not None

@@ -114,7 +114,7 @@ def test_a_broken_item_is_named_and_the_rest_shown(lab, capsys):
 def test_usage(lab, capsys):
     out = str(lab.folder / "sheet")
     for flags, line in (
-        (["--out", out], "give --cache, or --dataset_config with --arch"),
+        (["--out", out], "give --cache or --dataset_config"),
         (["--cache", str(lab.cache), "--out", out, "--mask_gamma", "0"], "gamma must be > 0"),
         (["--cache", str(lab.cache), "--out", out, "--limit", "0"], "--limit must be 1 or more"),
     ):

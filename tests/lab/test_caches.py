@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from masked_loss_triton.cache.dataset import ARCHITECTURES, load_datasets
+from masked_loss_triton.cache.dataset import load_datasets
+from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.items import bucket_size
 from masked_loss_triton.cli import main
 from masked_loss_triton.masks.frames import kept_frames
@@ -68,7 +69,7 @@ def test_buckets_are_the_trainers(trainer, tmp_path):
         selector = trainer.bucket.BucketSelector(tuple(resolution), bucket, no_upscale, "wan")
         for size in rng.integers(32, 4000, (20, 2)).tolist():
             theirs = tuple(int(side) for side in selector.get_bucket_resolution(tuple(size)))
-            assert bucket_size(tuple(size), dataset, ARCHITECTURES["wan"]) == theirs
+            assert bucket_size(tuple(size), dataset, FAMILIES["wan"]) == theirs
 
 
 def test_the_trainer_keeps_the_same_frames(trainer, tmp_path):

@@ -130,11 +130,11 @@ def test_network_arguments_are_text():
             options.take_from(dict([text.split("=")]))
 
 
-@pytest.mark.parametrize("module", ["musubi.lora_wan", "musubi.lora_hv", "musubi.lora_qwen"])
+@pytest.mark.parametrize("module", ["musubi.lora", "musubi.lora_wan", "musubi.lora_hv", "musubi.lora_qwen"])
 def test_the_network_module_switches_its_trainer_on(module, tmp_path, monkeypatch):
     """The trainer's package is not here: modules under its names hold a LoRA of the small trainer."""
     lab = caches(tmp_path, "wan", stems="abce")
-    name = {"musubi.lora_wan": "lora_wan", "musubi.lora_hv": "lora", "musubi.lora_qwen": "lora_qwen_image"}[module]
+    name = {"musubi.lora_hv": "lora", "musubi.lora_qwen": "lora_qwen_image"}.get(module, "lora_wan")
     real = types.ModuleType(f"musubi_tuner.networks.{name}")
     seen = {}
 
