@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.notes import png_note
 
 PANEL = 224  # longest side of a panel, pixels
 STRIP = 140  # longest side of a frame of the strip, pixels
@@ -175,5 +176,5 @@ def save_sheet(name: Path, title: str, cards: list[Card], images: list[Image.Ima
     except OSError as error:
         raise UserError(f"{png} cannot be written ({error.strerror})") from error
     text = page(title, cards, images, notes)
-    replace_file(png, lambda file: sheet(images).save(file, "PNG"))
+    replace_file(png, lambda file: sheet(images).save(file, "PNG", pnginfo=png_note({"contact_sheet": title})))
     replace_file(page_file, lambda file: file.write(text.encode("utf-8", "replace")))

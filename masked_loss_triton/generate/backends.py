@@ -1,6 +1,7 @@
-"""The interface of detectors and segmenters, and which there are.
+"""Defines what a detector and a segmenter are, and lists them.
 
-Each is a module with `add_arguments(group)` and `load(args, options)`; a new one is its file and its line in a table below.
+Each is a module with `add_arguments(group)`, whose flags begin with the name of the module, and `load(request, ...)`, which takes
+these flags, device, dtype and batch_size by name. A new one is its file and its line in a table below.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 DETECTORS = {
     "florence2": "masked_loss_triton.generate.florence2",
@@ -40,7 +41,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Cutout:
-    """(H, W) bool, and how good the segmenter thinks it is, 0 to 1."""
+    """What a segmenter cut out, (H, W) bool, and how good it thinks that is, 0 to 1."""
 
     mask: np.ndarray
     score: float
@@ -50,7 +51,7 @@ class Detector(Protocol):
     """Finds boxes. Safe to call from several threads."""
 
     def detect(self, pictures: Sequence[np.ndarray], words: Sequence[str]) -> list[list[list[Detection]]]:
-        """For each picture, (H, W, 3) uint8, and for each of the words, what was found, in no order."""
+        """Returns what was found in each picture, (H, W, 3) uint8, for each of the words, in no order."""
         ...
 
 
@@ -63,23 +64,23 @@ class Segmenter(Protocol):
     workers: int
 
     def segment(self, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[Cutout]]:
-        """For each picture, (H, W, 3) uint8, and for each of its boxes, what is in it."""
+        """Cuts out what is in each box of each picture, (H, W, 3) uint8."""
         ...
 
     def follow(self, frames: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """The masks of every frame, (H, W) bool, in the order of `masks`, which are those of the first frame."""
+        """Yields the masks of every frame, (H, W) bool, in the order of `masks`, which are those of the first frame."""
         ...
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of all detectors and segmenters, a group for each."""
+    """Adds the flags of all detectors and segmenters, a group for each."""
     for kind, table in (("detector", DETECTORS), ("segmenter", SEGMENTERS)):
         for name, module in table.items():
             importlib.import_module(module).add_arguments(parser.add_argument_group(f"{kind} {name}"))
 
 
 def split_backend(backend: str) -> tuple[str, str]:
-    """The names of the detector and the segmenter of a backend.
+    """Returns the names of the detector and the segmenter of a backend.
 
     Raises:
         UserError: for a backend that does not exist.
@@ -94,18 +95,33 @@ def split_backend(backend: str) -> tuple[str, str]:
     return detector, segmenter
 
 
-def load_backend(args: argparse.Namespace, options: Options) -> tuple[Detector, Segmenter]:
-    """The detector and the segmenter of `--backend`.
+def load_backend(
+    backend: str,
+    request: MaskRequest,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 4,
+    models: Mapping[str, Any] | None = None,
+) -> tuple[Detector, Segmenter]:
+    """Loads the detector and the segmenter of a backend.
+
+    Args:
+        backend: DETECTOR+SEGMENTER, or an alias.
+        request: what is looked for; a detector without words takes its box from it.
+        device, dtype: of the models; "auto" takes the first device there is, and what it computes fast in.
+        batch_size: pictures for the models at once.
+        models: flags of the two, by name: `{"sam2_model": "folder"}`. Those of others do not count.
 
     Raises:
         UserError: for weights that are absent, of both models in one message.
     """
-    detector, segmenter = split_backend(args.backend)
     loaded: list[Any] = []
     problems: list[UserError] = []
-    for module in (DETECTORS[detector], SEGMENTERS[segmenter]):
+    for name, module in zip(split_backend(backend), _modules(backend), strict=True):
+        flags = {key: value for key, value in (models or {}).items() if key.startswith(f"{name}_")}
         try:
-            loaded.append(importlib.import_module(module).load(args, options))
+            loaded.append(module.load(request, device=device, dtype=dtype, batch_size=batch_size, **flags))
         except UserError as error:
             problems.append(error)
     if problems:
@@ -113,3 +129,8 @@ def load_backend(args: argparse.Namespace, options: Options) -> tuple[Detector, 
         said = "; ".join(dict.fromkeys(map(str, problems)))
         raise UserError(f"{said} (--backend grabcut needs no weights)", problems[0].exit_status)
     return loaded[0], loaded[1]
+
+
+def _modules(backend: str) -> list[Any]:
+    detector, segmenter = split_backend(backend)
+    return [importlib.import_module(module) for module in (DETECTORS[detector], SEGMENTERS[segmenter])]

@@ -1,28 +1,27 @@
-"""The detector that reads no words: one box in every picture, from `--reference_box`."""
+"""A detector that reads no words: it finds one box in every picture, that of `--reference_box`."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from masked_loss_triton.generate.backends import Detection
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 
 def add_arguments(group: Any) -> None:
-    """Its only flag, --reference_box, is one of the selection."""
+    """Adds nothing: the box is a flag of the command."""
 
 
-def load(args: argparse.Namespace, options: Options) -> BoxDetector:
-    """The box of the options."""
-    return BoxDetector(options.reference_box)
+def load(request: MaskRequest, **_: Any) -> BoxDetector:
+    """Makes the detector of the request's box."""
+    return BoxDetector(request.reference_box)
 
 
 class BoxDetector:
-    """The same box, as fractions of the picture, for whatever is asked."""
+    """Finds the same box, given as fractions of the picture, whatever the words are."""
 
     def __init__(self, fractions: tuple[float, float, float, float]) -> None:
         self.fractions = fractions

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from masked_loss_triton.generate.backends import Box
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 from masked_loss_triton.masks.operations import blur, dilate
 
 
@@ -26,20 +26,20 @@ class Instance:
     mask_score: float
 
 
-def choose(instances: Sequence[Instance], options: Options, select: str) -> list[Instance]:
-    """The instances of one prompt that count: good and large enough, then all, the largest or the nearest one.
+def choose(instances: Sequence[Instance], request: MaskRequest, select: str) -> list[Instance]:
+    """Returns the instances of one prompt that count: good and large enough, then all, the largest or the nearest one.
 
     Of equals the first one is taken.
     """
     left = [
         one
         for one in instances
-        if one.mask_score >= options.min_mask_score and one.mask.any() and one.mask.mean() >= options.min_size
+        if one.mask_score >= request.min_mask_score and one.mask.any() and one.mask.mean() >= request.min_size
     ]
     if select == "largest" and left:
         return [max(left, key=lambda one: int(one.mask.sum()))]
     if select == "nearest" and left:
-        return [min(left, key=lambda one: _distance(one, options.reference_box))]
+        return [min(left, key=lambda one: _distance(one, request.reference_box))]
     return left
 
 
@@ -51,26 +51,26 @@ def _distance(instance: Instance, reference: Box) -> float:
     return math.hypot(x, y)
 
 
-def compose(found: Mapping[str, Sequence[np.ndarray]], options: Options, shape: tuple[int, int]) -> np.ndarray:
-    """The grey mask of one picture.
+def compose(found: Mapping[str, Sequence[np.ndarray]], request: MaskRequest, shape: tuple[int, int]) -> np.ndarray:
+    """Makes the grey mask of one picture.
 
     Args:
         found: the masks, (H, W) bool, of the instances that count, by their words.
-        options: weights, exclusion, padding, blur, inversion.
+        request: weights, exclusion, padding, blur, inversion.
         shape: (H, W).
 
     Returns:
         (H, W) uint8.
     """
     grey = np.zeros(shape, np.uint8)
-    for prompt in options.prompts:
+    for prompt in request.prompts:
         layer = _union(found.get(prompt.words, ()), shape)
         if layer.any():
-            grey = np.maximum(grey, np.minimum(dilate(layer, options.padding), prompt.grey))
-    for words in options.exclude:
+            grey = np.maximum(grey, np.minimum(dilate(layer, request.padding), prompt.grey))
+    for words in request.exclude:
         grey[_union(found.get(words, ()), shape) > 0] = 0
-    grey = blur(grey, options.blur)
-    return 255 - grey if options.invert else grey
+    grey = blur(grey, request.blur)
+    return 255 - grey if request.invert else grey
 
 
 def _union(masks: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

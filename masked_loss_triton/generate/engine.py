@@ -1,4 +1,4 @@
-"""Detector, segmenter and options together: the instances in pictures, and through a clip."""
+"""Runs a detector and a segmenter on pictures and clips, and makes masks of what they find."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ import numpy as np
 
 from masked_loss_triton.generate.backends import Detector, Segmenter
 from masked_loss_triton.generate.compose import Instance, choose, compose
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 Found = dict[str, list[Instance]]  # by words; words without an instance are not in it
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """A mask, (H, W) uint8, and what it was made of; for a frame of a clip, what its key frame had."""
+class FrameMask:
+    """The mask of a picture or frame, (H, W) uint8, and what it was made of: for a frame of a clip, what its key frame had."""
 
     mask: np.ndarray
     found: Found
 
-    def something(self, options: Options) -> bool:
+    def found_any(self, request: MaskRequest) -> bool:
         """Whether any prompt was found; exclusions do not count."""
-        return any(prompt.words in self.found for prompt in options.prompts)
+        return any(prompt.words in self.found for prompt in request.prompts)
 
 
 class Engine:
-    """Finds, chooses, composes. Holds no state of any picture."""
+    """Finds instances, chooses among them and composes masks; keeps nothing of a picture.
 
-    def __init__(self, detector: Detector, segmenter: Segmenter, options: Options, key_interval: int) -> None:
-        self.detector, self.segmenter, self.options = detector, segmenter, options
+    Args:
+        detector, segmenter: the models.
+        request: what is looked for, and how it becomes a mask.
+        key_interval: clips are looked at anew every so many frames.
+    """
+
+    def __init__(self, detector: Detector, segmenter: Segmenter, request: MaskRequest, key_interval: int) -> None:
+        self.detector, self.segmenter, self.request = detector, segmenter, request
         self.key_interval = key_interval
 
     def find(self, pictures: Sequence[np.ndarray]) -> list[Found]:
-        """What is in each picture, (H, W, 3) uint8, after the choice of instances."""
-        words = self.options.words
+        """Finds what is in each picture, (H, W, 3) uint8, and chooses the instances that count."""
+        words = self.request.words
         detections = [
-            [[one for one in found if one.score >= self.options.min_score] for found in by_words]
+            [[one for one in found if one.score >= self.request.min_score] for found in by_words]
             for by_words in self.detector.detect(pictures, words)
         ]
         flat = [[one for found in by_words for one in found] for by_words in detections]
@@ -51,21 +57,21 @@ class Engine:
                 for detection in boxes:
                     cutout = next(left)
                     instances.append(Instance(cutout.mask, detection.box, detection.score, cutout.score))
-                select = "all" if one in self.options.exclude else self.options.select
-                if chosen := choose(instances, self.options, select):
+                select = "all" if one in self.request.exclude else self.request.select
+                if chosen := choose(instances, self.request, select):
                     found[one] = chosen
             results.append(found)
         return results
 
-    def masks(self, pictures: Sequence[np.ndarray]) -> list[Result]:
-        """The mask of each picture, (H, W, 3) uint8."""
+    def masks(self, pictures: Sequence[np.ndarray]) -> list[FrameMask]:
+        """Makes the mask of each picture, (H, W, 3) uint8."""
         return [
-            Result(compose(_masks(found), self.options, picture.shape[:2]), found)
+            FrameMask(compose(_masks(found), self.request, picture.shape[:2]), found)
             for picture, found in zip(pictures, self.find(pictures), strict=True)
         ]
 
-    def masks_of_clip(self, frames: Iterable[np.ndarray]) -> Iterator[Result]:
-        """The mask of each frame, in order.
+    def masks_of_clip(self, frames: Iterable[np.ndarray]) -> Iterator[FrameMask]:
+        """Makes the mask of each frame, in order.
 
         Every `key_interval` frames, and in the last one, things are found anew; in between they are followed from the key
         frame before. What only the key frame after has is followed backwards from there. At most `key_interval` + 1
@@ -83,12 +89,12 @@ class Engine:
                 if len(chunk) > self.key_interval:
                     break
             if len(chunk) == 1:
-                yield Result(compose(_masks(found), self.options, first.shape[:2]), found)
+                yield FrameMask(compose(_masks(found), self.request, first.shape[:2]), found)
                 return
             after = self.find([chunk[-1]])[0]
             # The last frame of the chunk begins the next one, or ends the clip there with what was found in it.
             for by_words in self._between(chunk, found, after):
-                yield Result(compose(by_words, self.options, first.shape[:2]), found)
+                yield FrameMask(compose(by_words, self.request, first.shape[:2]), found)
             first, found = chunk[-1], after
 
     def _between(self, chunk: list[np.ndarray], before: Found, after: Found) -> Iterator[dict[str, list[np.ndarray]]]:

@@ -1,4 +1,4 @@
-"""Detection from words by Florence-2, which answers in text: a phrase, then its boxes as four location tokens each.
+"""Detects what words name by Florence-2, which answers in text: a phrase, then its boxes as four location tokens each.
 
 Two tasks: open-vocabulary detection takes the words as one thing; phrase grounding finds each phrase in them.
 Source: transformers, models/florence2; the weights are those of florence-community on the Hugging Face hub.
@@ -6,7 +6,6 @@ Source: transformers, models/florence2; the weights are those of florence-commun
 
 from __future__ import annotations
 
-import argparse
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from masked_loss_triton.generate.backends import Box, Detection
 from masked_loss_triton.generate.models import load_pretrained
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 MODEL = "florence-community/Florence-2-large"
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}
@@ -25,7 +24,7 @@ SURE = 20  # bins: what is that near the edge that was chosen counts as the same
 
 
 def add_arguments(group: Any) -> None:
-    """Model, task and beams."""
+    """Adds the flags of model, task and beams."""
     group.add_argument("--florence2_model", default=MODEL, metavar="NAME", help=f"on the hub, or a folder ({MODEL})")
     group.add_argument(
         "--florence2_task",
@@ -36,23 +35,31 @@ def add_arguments(group: Any) -> None:
     group.add_argument("--florence2_beams", type=int, default=3, metavar="N", help="of the text search (3)")
 
 
-def load(args: argparse.Namespace, options: Options) -> Florence2Detector:
-    """The model of --florence2_model.
+def load(
+    request: MaskRequest,
+    *,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    florence2_model: str = MODEL,
+    florence2_task: str = "detection",
+    florence2_beams: int = 3,
+) -> Florence2Detector:
+    """Loads the model of --florence2_model.
 
     Raises:
         UserError: see `load_pretrained`.
     """
     model, processor = load_pretrained(
-        args.florence2_model,
+        florence2_model,
         "Florence2ForConditionalGeneration",
         "Florence2Processor",
         ("florence2",),
         "--florence2_model",
-        args,
+        device,
+        dtype,
     )
-    return Florence2Detector(
-        model, processor, TASKS[args.florence2_task], max(1, args.florence2_beams), args.batch_size
-    )
+    return Florence2Detector(model, processor, TASKS[florence2_task], max(1, florence2_beams), batch_size)
 
 
 class Florence2Detector:

@@ -1,11 +1,10 @@
-"""Segmentation by OpenCV's GrabCut: colours inside a box against colours outside. No weights, no words, no GPU.
+"""Segments by OpenCV's GrabCut: colours inside a box against colours outside. No weights, no words, no GPU.
 
 The same picture gives the same mask: OpenCV's random numbers are seeded before each call.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from masked_loss_triton.files.parallel import default_workers
 from masked_loss_triton.generate.backends import Box, Cutout
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 SIDE = 320  # GrabCut runs on a copy of this longest side: finer than any latent
 ROUNDS, FOLLOW_ROUNDS = 5, 2
@@ -24,16 +23,16 @@ SLACK = 0.04  # of the longest side: how far an edge may move from one frame of 
 
 
 def add_arguments(group: Any) -> None:
-    """It has no flags."""
+    """Adds nothing: it has no flags."""
 
 
-def load(args: argparse.Namespace, options: Options) -> GrabCut:
-    """Nothing to load."""
+def load(request: MaskRequest, **_: Any) -> GrabCut:
+    """Makes the segmenter; there is nothing to load."""
     return GrabCut()
 
 
 class GrabCut:
-    """See `Segmenter`."""
+    """Segments by colours: see `Segmenter`."""
 
     def __init__(self) -> None:
         self.workers = max(1, default_workers() // 4)  # it computes all the time: one thread per core
@@ -55,7 +54,7 @@ class GrabCut:
 
 
 def cut_out_box(picture: np.ndarray, box: Box) -> np.ndarray:
-    """What differs in colour from everything outside the box, the middle of the box for certain.
+    """Cuts out what differs in colour from everything outside the box, the middle of the box for certain.
 
     Args:
         picture: (H, W, 3) uint8.

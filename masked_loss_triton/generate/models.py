@@ -1,8 +1,7 @@
-"""Loading models through transformers' own classes, with one clear line for everything that can be missing."""
+"""Loads models through transformers' own classes, with one clear line for everything that can be missing."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
@@ -13,9 +12,15 @@ MISSING_SHARE = 0.1  # of a model's weights: above it the folder holds another m
 
 
 def load_pretrained(
-    name: str, model_class: str, processor_class: str, model_types: tuple[str, ...], flag: str, args: argparse.Namespace
+    name: str,
+    model_class: str,
+    processor_class: str,
+    model_types: tuple[str, ...],
+    flag: str,
+    device_name: str,
+    dtype_name: str,
 ) -> tuple[Any, Any]:
-    """A model in evaluation mode on the device of `--device`, in the dtype of `--dtype`, and its processor.
+    """Loads a model in evaluation mode, and its processor.
 
     Nothing is downloaded: gigabytes are for the user to fetch, once, knowingly.
 
@@ -24,13 +29,14 @@ def load_pretrained(
         model_class, processor_class: their names in transformers.
         model_types: those of config.json that are accepted.
         flag: the flag that `name` came from, for the error.
+        device_name, dtype_name: see `choose_device` and `choose_dtype`.
 
     Raises:
         UserError: when transformers is absent or too old, when the weights are absent, saying how to get them, and when they
             are those of another model.
     """
     transformers = _transformers()
-    device = choose_device(args.device)
+    device = choose_device(device_name)
     try:
         config, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=True)
         if config.get("model_type") not in model_types:
@@ -39,7 +45,7 @@ def load_pretrained(
             )
         processor = getattr(transformers, processor_class).from_pretrained(name, local_files_only=True)
         model, info = getattr(transformers, model_class).from_pretrained(
-            name, dtype=choose_dtype(args.dtype, device), local_files_only=True, output_loading_info=True
+            name, dtype=choose_dtype(dtype_name, device), local_files_only=True, output_loading_info=True
         )
     except OSError as error:
         raise _absent(name, flag, error) from error
@@ -56,11 +62,11 @@ def load_pretrained(
     try:
         return model.to(device).eval(), processor
     except RuntimeError as error:
-        raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}", 2) from error
+        raise UserError(f"--device {device_name}: {' '.join(str(error).split())[:200]}", 2) from error
 
 
 def choose_device(name: str) -> Any:
-    """The torch device of this name; auto is CUDA or ROCm, else Apple's, else the CPU."""
+    """Returns the torch device of this name; auto is CUDA or ROCm, else Apple's, else the CPU."""
     import torch
 
     if name == "auto":
@@ -73,7 +79,7 @@ def choose_device(name: str) -> Any:
 
 
 def choose_dtype(name: str, device: Any) -> Any:
-    """The torch dtype of this name; auto is bfloat16 on a GPU that computes in it, else float32."""
+    """Returns the torch dtype of this name; auto is bfloat16 on a GPU that computes in it, else float32."""
     import torch
 
     if name == "auto":

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from masked_loss_triton.errors import UserError
 
 SELECTIONS = ("all", "largest", "nearest")
 MAX_PADDING = 1024  # pixels
 MAX_BLUR = 0.05  # of the smaller side
+NUMBERS = {
+    "min_score": (0, 1),
+    "min_mask_score": (0, 1),
+    "min_size": (0, 1),
+    "padding": (-MAX_PADDING, MAX_PADDING),
+    "blur": (0, MAX_BLUR),
+}
 WEIGHTED = re.compile(r"(?P<words>.*)=(?P<weight>[^=]*)", re.DOTALL)
 # The box of a detector that sees nothing: the whole picture but a margin, since what touches all edges is background.
 CENTRAL_BOX = (0.08, 0.08, 0.92, 0.92)
@@ -28,9 +36,12 @@ class Prompt:
         """The weight as a byte, 1 to 255."""
         return max(1, round(self.weight * 255))
 
+    def __str__(self) -> str:
+        return self.words if self.weight == 1 else f"{self.words}={self.weight:g}"
+
 
 def parse_prompt(text: str) -> Prompt:
-    """`"face"` or `"face=0.5"`.
+    """Reads `"face"` or `"face=0.5"`.
 
     Raises:
         UserError: for no words, characters that the detector reads as its own marks, or a weight outside (0, 1].
@@ -52,8 +63,10 @@ def parse_prompt(text: str) -> Prompt:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """From instances to one mask, in this order: score and size, selection, union, padding, layers, exclusion, blur, inversion.
+class MaskRequest:
+    """What is looked for in each picture, and how the instances that are found become one mask.
+
+    In this order: score and size, selection, union, padding, layers, exclusion, blur, inversion.
 
     Args:
         prompts: the layers; where they overlap the highest weight wins.
@@ -89,13 +102,9 @@ class Options:
             raise UserError(f"prompt {min(twice)!r} is given twice: leave one out", 2)
         if not self.prompts:
             raise UserError("there is no prompt: give --text_prompt", 2)
-        for field, low, high in (
-            ("min_score", 0, 1),
-            ("min_mask_score", 0, 1),
-            ("min_size", 0, 1),
-            ("padding", -MAX_PADDING, MAX_PADDING),
-            ("blur", 0, MAX_BLUR),
-        ):
+        if self.select not in SELECTIONS:
+            raise UserError(f"--select must be one of {', '.join(SELECTIONS)}, got {self.select!r}", 2)
+        for field, (low, high) in NUMBERS.items():
             if not low <= getattr(self, field) <= high:
                 raise UserError(f"--{field} must be between {low:g} and {high:g}, got {getattr(self, field):g}", 2)
         left, top, right, bottom = self.reference_box
@@ -111,9 +120,18 @@ class Options:
         """Everything that is to be found, the prompts first."""
         return (*(prompt.words for prompt in self.prompts), *self.exclude)
 
+    def note(self) -> dict[str, Any]:
+        """The request by the names of its flags, for the note in each mask."""
+        return {
+            "text_prompt": [str(prompt) for prompt in self.prompts],
+            "exclude_prompt": list(self.exclude),
+            **{field: getattr(self, field) for field in ("select", *NUMBERS, "invert")},
+            "reference_box": list(self.reference_box),
+        }
+
 
 def parse_prompts(texts: Sequence[str], excluded: Sequence[str]) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    """Prompts and excluded words from the command line.
+    """Returns the prompts and the excluded words of a command line.
 
     Raises:
         UserError: for a bad prompt, or a weight of an excluded one.

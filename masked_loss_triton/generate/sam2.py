@@ -1,11 +1,10 @@
-"""Segmentation by SAM 2: what is in a box of a picture, and where it goes in a clip.
+"""Segments by SAM 2: cuts out what is in a box of a picture, and follows it through a clip.
 
 Source: transformers, models/sam2 and models/sam2_video; the weights are Meta's. One repository serves both models.
 """
 
 from __future__ import annotations
 
-import argparse
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,24 +13,24 @@ import numpy as np
 
 from masked_loss_triton.generate.backends import Box, Cutout
 from masked_loss_triton.generate.models import load_pretrained
-from masked_loss_triton.generate.prompts import Options
+from masked_loss_triton.generate.prompts import MaskRequest
 
 MODEL = "facebook/sam2.1-hiera-large"
 MODEL_TYPES = ("sam2_video", "sam2")
 
 
 def add_arguments(group: Any) -> None:
-    """The model."""
+    """Adds the flag of the model."""
     group.add_argument("--sam2_model", default=MODEL, metavar="NAME", help=f"on the hub, or a folder ({MODEL})")
 
 
-def load(args: argparse.Namespace, options: Options) -> Sam2Segmenter:
-    """The model of --sam2_model; the one for clips is loaded when the first clip comes.
+def load(request: MaskRequest, *, device: str, dtype: str, batch_size: int, sam2_model: str = MODEL) -> Sam2Segmenter:
+    """Loads the model of --sam2_model; the one for clips is loaded when the first clip comes.
 
     Raises:
         UserError: see `load_pretrained`.
     """
-    return Sam2Segmenter(args)
+    return Sam2Segmenter(sam2_model, device, dtype)
 
 
 class Sam2Segmenter:
@@ -39,15 +38,15 @@ class Sam2Segmenter:
 
     workers = 3
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        self.name, self.device, self.dtype = model, device, dtype
         self.lock = threading.Lock()
         self.model, self.processor = self._load("Sam2Model", "Sam2Processor")
         self.video: tuple[Any, Any] | None = None
 
     def _load(self, model_class: str, processor_class: str) -> tuple[Any, Any]:
         return load_pretrained(
-            self.args.sam2_model, model_class, processor_class, MODEL_TYPES, "--sam2_model", self.args
+            self.name, model_class, processor_class, MODEL_TYPES, "--sam2_model", self.device, self.dtype
         )
 
     def segment(self, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[Cutout]]:

@@ -1,4 +1,4 @@
-"""The contact sheet: every mask over its picture, read back from the files, those without a detection first."""
+"""Makes the contact sheet: every mask over its picture, read back from the files, those without a detection first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.contact_sheet import ACCENT, MAX_STRIP, Card, draw, save_sheet
 from masked_loss_triton.generate.jobs import Job
-from masked_loss_triton.generate.writing import read_note
+from masked_loss_triton.generate.mask_files import read_note
 from masked_loss_triton.masks.frames import clip_frame_count, read_clip, read_frames, to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 
@@ -28,8 +28,8 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
     Raises:
         UserError: naming the file that cannot be written.
     """
-    missing = [job for job in jobs if job.existing() is None][:limit]
-    others = [job for job in jobs if job.existing() is not None]
+    missing = [job for job in jobs if job.mask() is None][:limit]
+    others = [job for job in jobs if job.mask() is not None]
     space = limit - len(missing)
     if len(others) > space:
         others = [others[index * len(others) // space] for index in range(space)] if space else []
@@ -45,8 +45,33 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
     return len(cards)
 
 
+def choose_sheet_name(given: str | None, input_dir: Path, output_dir: Path) -> Path:
+    """Returns the name of the contact sheet without its ending: never where it would be read as a picture or as a mask.
+
+    By default it is `output_dir` with `_sheet`, or, where that would be among the pictures, the same beside `input_dir`.
+
+    Raises:
+        UserError: for a given name in one of the two folders.
+    """
+    pictures, masks = input_dir.resolve(), output_dir.resolve()
+    if given is None:
+        beside = (
+            output_dir.with_name(f"{output_dir.name}_sheet")
+            if output_dir.name
+            else masks.with_name(f"{masks.name}_sheet")
+        )
+        among = beside.resolve().is_relative_to(pictures)
+        return pictures.with_name(f"{pictures.name}_{masks.name}_sheet") if among else beside
+    for flag, folder in (("--input_dir", pictures), ("--output_dir", masks)):
+        if Path(given).resolve().is_relative_to(folder):
+            raise UserError(
+                f"--sheet {given} is in {flag} and would be read as a picture or mask: give another place", 2
+            )
+    return Path(given)
+
+
 def _card(job: Job) -> Card:
-    mask_path = job.existing()
+    mask_path = job.mask()
     note = (read_note(mask_path) if mask_path is not None else None) or {}
     pictures, masks = (_clip if job.is_clip else _picture)(job, mask_path, note)
     weights = np.stack(masks).astype(np.float32) / 255

@@ -1,60 +1,78 @@
-"""What a run says at its end."""
+"""Counts what a run of generate did, and prints it at the end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 from masked_loss_triton.files.progress import printable
-from masked_loss_triton.generate.writing import read_note
+from masked_loss_triton.generate.batches import Done, Generation
+from masked_loss_triton.generate.jobs import Job
+from masked_loss_triton.generate.mask_files import read_note
+from masked_loss_triton.masks.reading import unread_text
 
-if TYPE_CHECKING:
-    from masked_loss_triton.generate.jobs import Job
-    from masked_loss_triton.generate.work import Outcome
+MOST_NAMES = 10
 
 
 class Summary:
     """Counts what was done; problems are told when they occur, pictures without a detection at the end."""
 
     def __init__(self) -> None:
-        self.kept, self.other_settings = 0, 0
+        self.present, self.other_settings = 0, 0
         self.means: list[float] = []
         self.nothing: list[str] = []
         self.problems: list[str] = []
+        self.drawn: list[str] = []
+        self.no_pictures = 0
         self.rate = 0.0
-        self.sheet = ""
+        self.ends: list[str] = []
 
-    def keep(self, jobs: list[Job], settings: dict[str, Any]) -> None:
-        """Notes the masks that are there already, and whether they were made with these settings."""
-        self.kept = len(jobs)
+    def add_present(self, jobs: list[Job], generation: Generation) -> None:
+        """Counts the masks that are there already, and those that were made with other settings."""
+        self.present = len(jobs)
+        wanted = generation.note()
         for job in jobs:
-            mask = job.existing()
-            note = read_note(mask) if mask is not None else None
+            note = read_note(job.masks[0])
             if note is None:  # made by hand, or by another program
                 continue
-            self.other_settings += any(note.get(key) != value for key, value in settings.items())
+            self.other_settings += any(note.get(key) != value for key, value in wanted.items())
             if note.get("fallback"):
                 self.nothing.append(str(job.source))
 
-    def add(self, outcome: Outcome, say: Callable[[str], None]) -> None:
-        """Counts one outcome; `say` prints its problem."""
-        if outcome.status == "written":
-            self.means.append(outcome.mean)
-        elif outcome.status == "nothing":
-            self.nothing.append(str(outcome.job.source))
+    def add(self, done: Done, say: Callable[[str], None] = print) -> None:
+        """Counts one job; `say` prints its problem."""
+        if done.status == "written":
+            self.means.append(done.mean)
+        elif done.status == "nothing":
+            self.nothing.append(str(done.job.source))
+        elif done.status == "kept":
+            self.drawn.append(str(done.job.mask()))
+        elif done.status == "no picture":
+            self.no_pictures += 1
         else:
-            self.problem(outcome.message, say)
+            self.add_problem(done.message, say)
 
-    def problem(self, message: str, say: Callable[[str], None] = print) -> None:
+    def add_problem(self, message: str, say: Callable[[str], None] = print) -> None:
         """Tells and counts a problem."""
         self.problems.append(message)
         say(printable(f"masked-loss generate: {message}"))
 
+    def add_unread(self, unread: Counter[str]) -> None:
+        """Notes pictures in formats that are not read."""
+        if unread:
+            self.ends.append(f"Skipped: {unread_text(unread)}")
+
+    def add_copies(self, folder: Path) -> None:
+        """Notes where the masks are that were drawn by hand and have been replaced."""
+        if folder.is_dir():
+            self.ends.append(f"Masks that were not made by generate have been replaced: copies in {folder}")
+
     def show(self) -> None:
-        """Prints it."""
+        """Prints the counts, the mean weight, and what the user should look at."""
         counts = [f"{len(self.means)} masks written"]
-        if self.kept:
-            counts.append(f"{self.kept} already there")
+        if self.present or self.drawn:
+            counts.append(f"{self.present + len(self.drawn)} already there")
         counts += [f"{len(self.nothing)} without a detection", f"{len(self.problems)} problems"]
         print(f"{', '.join(counts)} ({self.rate:.1f}/s)")
         if self.means:
@@ -62,9 +80,15 @@ class Summary:
             print(f"Mean weight {mean:.1%}, {min(self.means):.1%} to {max(self.means):.1%}")
         for name in sorted(self.nothing):
             print(printable(f"Nothing found: {name}"))
+        for name in sorted(self.drawn)[:MOST_NAMES]:
+            print(printable(f"Kept, not made by generate: {name}"))
+        if self.drawn:
+            print(f"{len(self.drawn)} kept: --overwrite drawn replaces them too, and keeps copies")
         if self.other_settings:
             print(
                 f"{self.other_settings} of those already there were made with other settings: --overwrite makes them again"
             )
-        if self.sheet:
-            print(printable(self.sheet))
+        if self.no_pictures:
+            print(f"{self.no_pictures} masks and contact sheets of earlier runs among the pictures: passed over")
+        for line in self.ends:
+            print(printable(line))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,43 @@ from PIL import Image, ImageOps
 
 from masked_loss_triton.errors import UserError
 
+# Pictures and photographs of kinds that are not read here, nor by the trainers.
+UNREAD_EXTENSIONS = (
+    *(
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jfif",
+        ".jpe",
+        ".psd",
+        ".psb",
+        ".xcf",
+        ".kra",
+        ".ora",
+        ".svg",
+        ".eps",
+        ".pdf",
+        ".exr",
+        ".hdr",
+    ),
+    *(
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".raf",
+        ".rw2",
+        ".orf",
+        ".apng",
+        ".dds",
+        ".ico",
+        ".qoi",
+        ".m2ts",
+        ".ts",
+        ".3gp",
+    ),
+)
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -48,6 +86,12 @@ class Mask:
     values: np.ndarray
     source: str
     path: Path | None
+
+
+def unread_text(unread: Counter[str]) -> str:
+    """One line about files in formats that are not read: how many of which, and how to convert them."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
+    return f"{kinds}: not read here nor by the trainers; convert them, for example with `magick mogrify -format png`"
 
 
 def read_picture(path: str | os.PathLike[str], exif: bool = True) -> Picture:

@@ -9,7 +9,7 @@ import pytest
 
 from masked_loss_triton.generate.backends import Cutout, Detection
 from masked_loss_triton.generate.engine import Engine
-from masked_loss_triton.generate.prompts import Options, Prompt
+from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 SHAPE = (4, 12)
@@ -70,7 +70,7 @@ def clip(length: int, **where) -> list[np.ndarray]:
 def run(frames, interval, **options):
     options.setdefault("prompts", (Prompt("red", 1.0), Prompt("green", 0.5)))
     detector, segmenter = Colours(), Columns()
-    results = list(Engine(detector, segmenter, Options(**options), interval).masks_of_clip(iter(frames)))
+    results = list(Engine(detector, segmenter, MaskRequest(**options), interval).masks_of_clip(iter(frames)))
     assert len(results) == len(frames)
     assert segmenter.longest <= interval + 1
     return [result.mask for result in results], detector, results
@@ -103,7 +103,7 @@ def test_what_appears_between_key_frames_is_followed_backwards():
     # Found in frame 8 and not in frame 4: followed back as far as the frame after that key frame's own.
     for t, mask in enumerate(masks):
         assert np.array_equal(mask, expected(t if t >= 4 else None)), t
-    assert [result.something(Options(prompts=(Prompt("red"),))) for result in results] == [False] * 8 + [True]
+    assert [result.found_any(MaskRequest(prompts=(Prompt("red"),))) for result in results] == [False] * 8 + [True]
 
 
 def test_each_thing_has_its_own_direction():

@@ -86,7 +86,7 @@ def test_what_is_there_is_kept_and_overwrite_makes_it_again(folder, capsys):
     assert "2 of those already there were made with other settings" in said
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
     assert generate(folder, "--padding", "2", "--overwrite") == 0
-    assert "3 masks written, 0 without" in capsys.readouterr().out
+    assert "2 masks written, 1 already there, 0 without" in capsys.readouterr().out
     assert (folder / "out" / "p1.webp").read_bytes() == by_hand
     assert generate(folder, "--padding", "2") == 0
     assert "other settings" not in capsys.readouterr().out
@@ -246,20 +246,20 @@ def contents_or_none(folder):
 
 def test_a_folder_of_frames_is_whole_or_not_there(folder, monkeypatch):
     """Killed while the frames are written: nothing under the name of the clip; the next run clears up and does it."""
-    from masked_loss_triton.generate import writing
+    from masked_loss_triton.generate import mask_files
 
     write_clip(folder / "in" / "clip.mp4", [subject(s)[0] for s in range(6)])
     code = f"""
 import os, signal, sys
-from masked_loss_triton.generate import writing
-save, count = writing._save, 0
+from masked_loss_triton.generate import mask_files
+save, count = mask_files._save, 0
 def some(*args):
     global count
     count += 1
     if count == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     save(*args)
-writing._save = some
+mask_files._save = some
 from masked_loss_triton.cli import main
 main(["generate", "--input_dir", {str(folder / "in")!r}, "--output_dir", {str(folder / "out")!r}, "--backend", "grabcut"])
 """
@@ -270,7 +270,7 @@ main(["generate", "--input_dir", {str(folder / "in")!r}, "--output_dir", {str(fo
     assert generate(folder) == 0
     assert [path.name for path in (folder / "out").iterdir()] == ["clip"]
     assert len(list((folder / "out" / "clip").iterdir())) == 6
-    assert writing.read_note(folder / "out" / "clip")["backend"] == "grabcut"
+    assert mask_files.read_note(folder / "out" / "clip")["backend"] == "grabcut"
     assert generate(folder, "--overwrite", "--text_prompt", "subject=0.5") == 0
     assert [path.name for path in (folder / "out").iterdir()] == ["clip"]
     with Image.open(folder / "out" / "clip" / "000005.png") as mask:
@@ -288,15 +288,15 @@ def test_memory_is_flat_over_1000_pictures(folder):
     code = """
 import re, sys
 from masked_loss_triton.cli import main
-from masked_loss_triton.generate import work
-run, done, peaks = work.Worker.run, 0, []
+from masked_loss_triton.generate import batches
+run, done, peaks = batches.Worker.run, 0, []
 def counted(self, batch):
     global done
     outcomes = run(self, batch)
     done += len(batch)
     peaks.append((done, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])))
     return outcomes
-work.Worker.run = counted
+batches.Worker.run = counted
 assert main(["generate", *sys.argv[1:], "--backend", "grabcut", "--sheet_limit", "0"]) == 0
 early = max(peak for done, peak in peaks if done <= 100)
 print("PEAKS", early, peaks[-1][1], peaks[-1][0])

@@ -7,7 +7,7 @@ import pytest
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.compose import Instance, choose, compose
-from masked_loss_triton.generate.prompts import Options, Prompt, parse_prompt, parse_prompts
+from masked_loss_triton.generate.prompts import MaskRequest, Prompt, parse_prompt, parse_prompts
 
 SHAPE = (20, 30)
 
@@ -22,8 +22,8 @@ def instance(left, top, right, bottom, score=0.5, mask_score=0.5) -> Instance:
     return Instance(area(left, top, right, bottom), (left, top, right, bottom), score, mask_score)
 
 
-def options(*prompts, **changes) -> Options:
-    return Options(prompts=tuple(map(parse_prompt, prompts or ("a",))), **changes)
+def options(*prompts, **changes) -> MaskRequest:
+    return MaskRequest(prompts=tuple(map(parse_prompt, prompts or ("a",))), **changes)
 
 
 def test_layers_have_their_grey_and_the_highest_wins():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import av
@@ -14,13 +13,14 @@ from PIL import Image
 from masked_loss_triton.cli import main
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate import florence2, sam2
-from masked_loss_triton.generate.prompts import Options, Prompt
+from masked_loss_triton.generate.mask_files import write_mask
+from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 from tests.generate.conftest import LEFT, RIGHT, blue_picture, red_picture
 
-OPTIONS = Options(prompts=(Prompt("red"),))
+OPTIONS = MaskRequest(prompts=(Prompt("red"),))
 
 
-def arguments(models, **changes) -> argparse.Namespace:
+def arguments(name, models, **changes) -> dict:
     values = {
         "florence2_model": str(models[0]),
         "sam2_model": str(models[1]),
@@ -30,7 +30,8 @@ def arguments(models, **changes) -> argparse.Namespace:
         "device": "cpu",
         "dtype": "float32",
     }
-    return argparse.Namespace(**{**values, **changes})
+    wanted = (name, "batch", "device", "dtype")
+    return {key: value for key, value in {**values, **changes}.items() if key.startswith(wanted)}
 
 
 def generate(folder, *flags) -> int:
@@ -46,7 +47,7 @@ def near(box, expected) -> bool:
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_what_was_learned_is_found_in_the_picture_that_has_it(models, beams, batch_size):
-    detector = florence2.load(arguments(models, florence2_beams=beams, batch_size=batch_size), OPTIONS)
+    detector = florence2.load(OPTIONS, **arguments("florence2", models, florence2_beams=beams, batch_size=batch_size))
     found = detector.detect([red_picture(), blue_picture()], ["red", "blue"])
     assert [[len(by_words) for by_words in picture] for picture in found] == [[1, 0], [0, 1]]
     assert near(found[0][0][0].box, LEFT)
@@ -55,7 +56,7 @@ def test_what_was_learned_is_found_in_the_picture_that_has_it(models, beams, bat
 
 
 def test_the_score_is_the_probability_of_locations_near_the_chosen_ones(models):
-    detector = florence2.load(arguments(models), OPTIONS)
+    detector = florence2.load(OPTIONS, **arguments("florence2", models))
     text = "<OPEN_VOCABULARY_DETECTION>red"
     inputs = detector.processor(text=[text], images=[red_picture()], return_tensors="pt")
     ids = detector.processor.tokenizer("</s><s>red<loc_62><loc_208><loc_5><loc_999>", add_special_tokens=False)
@@ -85,7 +86,7 @@ def test_the_score_is_the_probability_of_locations_near_the_chosen_ones(models):
     ],
 )
 def test_answers_are_read_as_the_processor_reads_them(models, task, answer, boxes):
-    detector = florence2.load(arguments(models, florence2_task=task), OPTIONS)
+    detector = florence2.load(OPTIONS, **arguments("florence2", models, florence2_task=task))
     tokens = detector.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
     sure = np.linspace(0.1, 0.9, len(tokens)).tolist()
     found = list(detector.parse(tokens, sure, (1000, 500)))
@@ -105,7 +106,7 @@ def test_answers_are_read_as_the_processor_reads_them(models, task, answer, boxe
 
 
 def test_prompts_are_the_ones_florence_2_was_trained_with(models):
-    detector = florence2.load(arguments(models), OPTIONS)
+    detector = florence2.load(OPTIONS, **arguments("florence2", models))
     inputs = detector.processor(text=[detector.task + "a red car"], images=[red_picture()], return_tensors="pt")
     text = detector.processor.tokenizer.decode(inputs["input_ids"][0])
     assert text == "<image>" * 5 + "<s>Locate a red car in the image.</s>"
@@ -114,7 +115,7 @@ def test_prompts_are_the_ones_florence_2_was_trained_with(models):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_sam_2_masks_have_the_size_of_the_picture_in_every_dtype(models, dtype):
-    segmenter = sam2.load(arguments(models, dtype=dtype), OPTIONS)
+    segmenter = sam2.load(OPTIONS, **arguments("sam2", models, dtype=dtype))
     assert segmenter.model.dtype == getattr(torch, dtype)
     pictures = [red_picture(), blue_picture(), red_picture()]
     found = segmenter.segment(pictures, [[LEFT, (0, 0, 80, 48)], [RIGHT], []])
@@ -128,12 +129,12 @@ def test_sam_2_masks_have_the_size_of_the_picture_in_every_dtype(models, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_florence_2_answers_in_half_precision(models, dtype):
-    detector = florence2.load(arguments(models, dtype=dtype), OPTIONS)
+    detector = florence2.load(OPTIONS, **arguments("florence2", models, dtype=dtype))
     assert near(detector.detect([red_picture()], ["red"])[0][0][0].box, LEFT)
 
 
 def test_a_batch_of_unequal_numbers_of_boxes_equals_one_after_the_other(models):
-    segmenter = sam2.load(arguments(models), OPTIONS)
+    segmenter = sam2.load(OPTIONS, **arguments("sam2", models))
     pictures, boxes = [red_picture(), blue_picture()], [[LEFT, (0, 0, 80, 48), (40, 0, 80, 20)], [RIGHT]]
     together = segmenter.segment(pictures, boxes)
     alone = [segmenter.segment([pictures[i]], [[box]])[0][0] for i in range(2) for box in boxes[i]]
@@ -146,7 +147,7 @@ def test_a_batch_of_unequal_numbers_of_boxes_equals_one_after_the_other(models):
 def test_the_mask_is_what_transformers_makes_of_the_box(models):
     from transformers import Sam2Model, Sam2Processor
 
-    mask = sam2.load(arguments(models), OPTIONS).segment([red_picture()], [[LEFT]])[0][0].mask
+    mask = sam2.load(OPTIONS, **arguments("sam2", models)).segment([red_picture()], [[LEFT]])[0][0].mask
     model, processor = Sam2Model.from_pretrained(models[1]).eval(), Sam2Processor.from_pretrained(models[1])
     inputs = processor(images=red_picture(), input_boxes=[[list(map(float, LEFT))]], return_tensors="pt")
     with torch.inference_mode():
@@ -158,7 +159,7 @@ def test_the_mask_is_what_transformers_makes_of_the_box(models):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_following_gives_every_frame_the_masks_in_their_order(models, dtype):
-    segmenter = sam2.load(arguments(models, dtype=dtype), OPTIONS)
+    segmenter = sam2.load(OPTIONS, **arguments("sam2", models, dtype=dtype))
     frames = [np.roll(red_picture(), 3 * t, axis=1) for t in range(5)]
     first = [np.zeros((48, 80), bool), np.zeros((48, 80), bool)]
     first[0][10:40, 5:30] = True
@@ -177,7 +178,7 @@ def test_the_command_makes_layers_from_two_prompts(tmp_path, models, model_flags
     assert generate(tmp_path, *model_flags, "--text_prompt", "red", "blue=0.5") == 0
     said = capsys.readouterr().out
     red, blue = Image.open(tmp_path / "out" / "red.png"), Image.open(tmp_path / "out" / "deep" / "blue.png")
-    segmenter = sam2.load(arguments(models), OPTIONS)
+    segmenter = sam2.load(OPTIONS, **arguments("sam2", models))
     box = [one["box"] for one in json.loads(red.info["masked_loss_triton"])["found"]]
     expected = segmenter.segment([red_picture()], [box])[0][0].mask * np.uint8(255)
     assert np.array_equal(np.array(red), expected)
@@ -191,8 +192,7 @@ def test_a_picture_without_the_thing_is_listed_and_its_old_mask_goes(tmp_path, m
     (tmp_path / "in").mkdir()
     Image.fromarray(red_picture()).save(tmp_path / "in" / "red.png")
     Image.fromarray(blue_picture()).save(tmp_path / "in" / "blue.png")
-    (tmp_path / "out").mkdir()
-    Image.new("L", (80, 48), 255).save(tmp_path / "out" / "red.png")
+    write_mask(tmp_path / "out" / "red.png", np.full((48, 80), 255, np.uint8), {})
     flags = [*model_flags, "--text_prompt", "blue", "--overwrite"]
     assert generate(tmp_path, *flags) == 0
     said = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_both_absent_models_are_named_at_once(tmp_path, capsys):
 
 def test_the_wrong_model_is_refused(models):
     with pytest.raises(UserError, match=r"--florence2_model .* is a model of type 'sam2_video', not florence2"):
-        florence2.load(arguments((models[1], models[1])), OPTIONS)
+        florence2.load(OPTIONS, **arguments("florence2", (models[1], models[1])))
 
 
 def test_weights_in_another_format_are_refused(models, tmp_path):
@@ -257,13 +257,13 @@ def test_weights_in_another_format_are_refused(models, tmp_path):
     renamed = {f"old.{name}": tensor for name, tensor in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks \d+ of \d+ weights"):
-        florence2.load(arguments((tmp_path, models[1])), OPTIONS)
+        florence2.load(OPTIONS, **arguments("florence2", (tmp_path, models[1])))
 
 
 def test_an_incomplete_folder_is_refused(models, tmp_path):
     (tmp_path / "config.json").write_bytes((models[1] / "config.json").read_bytes())
     with pytest.raises(UserError, match="--sam2_model"):
-        sam2.load(arguments((models[0], tmp_path)), OPTIONS)
+        sam2.load(OPTIONS, **arguments("sam2", (models[0], tmp_path)))
 
 
 @pytest.mark.parametrize(("version", "text"), [("4.55.4", "this is 4.55.4"), (None, r"masked_loss_triton\[generate\]")])
@@ -277,9 +277,9 @@ def test_an_old_or_absent_transformers_is_one_line(models, monkeypatch, version,
     else:
         monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=text):
-        sam2.load(arguments(models), OPTIONS)
+        sam2.load(OPTIONS, **arguments("sam2", models))
 
 
 def test_a_device_that_is_not_there_is_one_line(models):
     with pytest.raises(UserError, match="--device"):
-        sam2.load(arguments(models, device="toaster"), OPTIONS)
+        sam2.load(OPTIONS, **arguments("sam2", models, device="toaster"))

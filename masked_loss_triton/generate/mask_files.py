@@ -1,0 +1,259 @@
+"""Masks as files that `cache` reads: PNG, folders of PNGs, lossless video; always whole, never half.
+
+A mask has the orientation of the stored pixels and carries the EXIF orientation of its picture: programs that turn pictures
+upright turn both, the others neither. What it was made with stands in a note in the file, with a digest of its contents: a
+mask that somebody has changed since is not taken for a generated one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.atomic import replace_file, sync_folder, temporary_folder, temporary_name
+from masked_loss_triton.files.notes import NOTE_KEY, png_note, read_png_note
+from masked_loss_triton.masks.frames import MASK_EXTENSIONS, frame_files
+from masked_loss_triton.masks.sources import EXIF_ORIENTATION
+
+OVERWRITE = ("none", "generated", "drawn")
+# What file managers leave in folders that they show: nobody's work.
+LITTER = (".ds_store", "thumbs.db", "desktop.ini")
+# Back from upright to stored pixels, for each EXIF orientation.
+TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+# Ends a video: an EBML element that players pass over, with the SHA-256 of everything before it.
+SEAL = b"\xec\xa0"
+SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
+
+
+def write_mask(path: Path, mask: np.ndarray, made_with: dict[str, Any], orientation: int = 1) -> None:
+    """Writes one mask as a grey 8-bit PNG.
+
+    Args:
+        path: the PNG; its folder is made.
+        mask: (H, W) uint8, upright.
+        made_with: what is noted in the file.
+        orientation: EXIF orientation of the picture, 1 to 8.
+
+    Raises:
+        UserError: naming the file that cannot be written.
+    """
+    _make_parent(path)
+    replace_file(path, lambda file: _save(file, mask, made_with, orientation))
+
+
+def _save(file: BinaryIO, mask: np.ndarray, made_with: dict[str, Any], orientation: int = 1) -> None:
+    image = Image.fromarray(mask)
+    extra: dict[str, Any] = {}
+    if orientation in TURN_BACK:
+        image = image.transpose(TURN_BACK[orientation])
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        extra["exif"] = exif.tobytes()
+    image.save(file, "PNG", pnginfo=png_note({**made_with, "pixels": _digest(image)}), **extra)
+
+
+def write_frames(
+    path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]], clear: Callable[[Path], None]
+) -> None:
+    """Writes the masks of a clip as a folder of PNGs, 000000.png and so on; the folder appears when it is complete.
+
+    Args:
+        path: the folder.
+        frames: (H, W) uint8 and what is noted in the file, for each frame.
+        clear: takes an older mask of that name away, or raises; called when all frames are written.
+
+    Raises:
+        UserError: naming the folder that cannot be written.
+    """
+    _make_parent(path)
+    try:
+        with temporary_folder(path) as building:
+            for index, (mask, made_with) in enumerate(frames):
+                with open(building / f"{index:06d}.png", "wb") as file:
+                    _save(file, mask, made_with)
+                    file.flush()
+                    os.fsync(file.fileno())
+            sync_folder(building)
+            if is_mask(path):
+                clear(path)
+            os.replace(building, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def write_video(path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]], fps: Any) -> None:
+    """Writes the masks of a clip as one lossless video, FFV1 in Matroska. Arguments and errors as in `write_frames`."""
+    import av
+
+    _make_parent(path)
+
+    with tempfile.TemporaryFile() as encoded:
+        # bitexact: otherwise the container gets random identifiers, and the same masks would give another file.
+        with av.open(encoded, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+            stream: Any = None
+            for mask, made_with in frames:
+                if stream is None:
+                    container.metadata[NOTE_KEY] = json.dumps(made_with)
+                    stream = container.add_stream("ffv1", rate=fps)
+                    stream.height, stream.width = mask.shape
+                    stream.pix_fmt = "gray"
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(mask, format="gray")))
+            if stream is not None:
+                container.mux(stream.encode())
+        encoded.seek(0)
+        replace_file(path, lambda file: _copy_and_seal(encoded, file))
+
+
+def _copy_and_seal(source: BinaryIO, file: BinaryIO) -> None:
+    digest = hashlib.sha256()
+    while chunk := source.read(1 << 20):
+        digest.update(chunk)
+        file.write(chunk)
+    file.write(SEAL + digest.digest())
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What a mask was made with; None for one that this command did not write."""
+    with contextlib.suppress(Exception):
+        if path.is_dir():
+            path = frame_files(path, MASK_EXTENSIONS)[0]
+        if path.suffix.lower() == ".png":
+            return read_png_note(path)
+        if path.suffix.lower() == ".mkv":
+            import av
+
+            with av.open(os.fspath(path)) as container:
+                # Matroska writes its tags in capitals.
+                tags = {key.lower(): value for key, value in container.metadata.items()}
+                return json.loads(tags[NOTE_KEY])
+    return None
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a path is a mask, or a folder with the masks of a clip in it."""
+    try:
+        return bool(frame_files(path, MASK_EXTENSIONS)) if path.is_dir() else path.exists()
+    except OSError:
+        return False
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a mask was written by this command and is as it was written: file, or folder with nothing else in it."""
+    try:
+        if path.is_dir():
+            names = [name for name in os.listdir(path) if name.lower() not in LITTER and not name.startswith("._")]
+            return bool(names) and all(
+                name.endswith(".png") and not (path / name).is_dir() and is_generated(path / name) for name in names
+            )
+        if path.suffix.lower() == ".png":
+            note = read_png_note(path) or {}
+            with Image.open(path, formats=("PNG",)) as image:
+                return note.get("pixels") == _digest(image)
+        with open(path, "rb") as file:
+            content = file.read()
+        return content[-SEAL_BYTES:] == SEAL + hashlib.sha256(content[:-SEAL_BYTES]).digest()
+    except Exception:  # damaged, or not to be read: not to be replaced unasked either
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """Which masks a run may replace, and where it keeps copies of those that a person made.
+
+    Args:
+        overwrite: "none", "generated" or "drawn"; the last allows all.
+        output_dir: the folder of the masks.
+        copies: the folder of the copies, with the sub-folders of `output_dir`.
+    """
+
+    overwrite: str
+    output_dir: Path
+    copies: Path
+
+    def allows(self, path: Path) -> bool:
+        """Whether this mask may be replaced."""
+        return self.overwrite == "drawn" or (self.overwrite == "generated" and is_generated(path))
+
+    def check_free(self, target: Path, masks: Collection[Path]) -> None:
+        """Raises UserError where something that is no mask has the name of a mask that is to be written."""
+        empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+        if os.path.lexists(target) and target not in masks and not empty:
+            raise UserError(f"{target} is in the way and is no mask: move it, or give another --output_dir")
+
+    def keep_copy(self, path: Path) -> None:
+        """Copies a mask file that is about to be replaced, unless it is a generated one.
+
+        Raises:
+            UserError: for a mask that may not be replaced.
+        """
+        if not os.path.lexists(path) or is_generated(path):
+            return
+        if self.overwrite != "drawn":
+            raise UserError(f"{path} is not a mask that generate made: --overwrite drawn replaces it and keeps a copy")
+        copy = self._free_copy(path)
+        replace_file(copy, lambda file: file.write(path.read_bytes()))
+        shutil.copystat(path, copy)
+
+    def clear(self, path: Path) -> None:
+        """Takes a mask away: a generated one is deleted, one that a person made is kept as a copy.
+
+        Raises:
+            UserError: for a mask that may not be replaced, or cannot be moved.
+        """
+        try:
+            if not path.is_dir() or path.is_symlink():
+                self.keep_copy(path)
+                path.unlink(missing_ok=True)
+            elif is_generated(path):
+                # In one step, so that half of it never stays.
+                leaving = temporary_name(path)
+                os.replace(path, leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
+            elif self.overwrite == "drawn":
+                os.replace(path, self._free_copy(path))
+            else:
+                raise UserError(f"{path} holds what generate did not make: --overwrite drawn moves it to a copy")
+        except OSError as error:
+            raise UserError(f"{path} cannot be replaced ({error.strerror}): it stays") from error
+
+    def _free_copy(self, path: Path) -> Path:
+        copy = self.copies / path.relative_to(self.output_dir)
+        _make_parent(copy)
+        free, number = copy, 1
+        while os.path.lexists(free):
+            number += 1
+            free = copy.with_name(f"{number}-{copy.name}")
+        return free
+
+
+def _digest(image: Image.Image) -> str:
+    """Of the pixels and their size and mode."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
