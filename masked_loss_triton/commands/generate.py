@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from masked_loss_triton.generate.batches import Generation
-    from masked_loss_triton.generate.jobs import Job
+    from masked_loss_triton.generate.jobs import Job, Jobs
     from masked_loss_triton.generate.prompts import MaskRequest
     from masked_loss_triton.generate.summary import Summary
 
@@ -129,35 +129,50 @@ def run(args: argparse.Namespace) -> int:
 
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.folders import check_folder_is_writable
-    from masked_loss_triton.generate.jobs import clear_leftovers, find_jobs
+    from masked_loss_triton.files.locks import folder_lock
+    from masked_loss_triton.generate.jobs import clear_leftovers
     from masked_loss_triton.generate.sheet import choose_sheet_name
     from masked_loss_triton.generate.summary import Summary
-    from masked_loss_triton.masks.reading import unread_text
 
     if args.sheet_limit < 0:
         raise UserError(f"--sheet_limit must be 0 or more, got {args.sheet_limit}", 2)
     generation = _generation(args)
-    found = find_jobs(Path(args.input_dir), generation.output_dir, ".mkv" if args.clip_output == "video" else "")
-    if not found.jobs and not found.problems:
-        skipped = f" ({unread_text(found.unread)})" if found.unread else ""
-        raise UserError(f"--input_dir {args.input_dir} has no pictures or clips in it{skipped}", 2)
-    sheet = choose_sheet_name(args.sheet, Path(args.input_dir), generation.output_dir)
-    check_folder_is_writable(generation.output_dir, "--output_dir")
-    clear_leftovers(generation.output_dir)
+    output = generation.output_dir
+    found = _find(args)
+    sheet = choose_sheet_name(args.sheet, Path(args.input_dir), output)
+    check_folder_is_writable(output, "--output_dir")
     summary = Summary()
-    for problem in found.problems:
-        summary.add_problem(problem)
-    pending = [job for job in found.jobs if args.overwrite != "none" or not job.masks]
-    if args.overwrite == "none":
-        summary.add_present([job for job in found.jobs if job.masks], generation)
-    if pending:
-        _make(pending, generation, summary)
+    with folder_lock(output, "masked-loss generate"):
+        clear_leftovers(output)
+        found = _find(args)  # again: another run may have had the lock until now
+        for problem in found.problems:
+            summary.add_problem(problem)
+        pending = [job for job in found.jobs if args.overwrite != "none" or not job.masks]
+        if args.overwrite == "none":
+            summary.add_present([job for job in found.jobs if job.masks], generation)
+        if pending:
+            _make(pending, generation, summary)
     summary.add_copies(generation.copies)
     summary.add_unread(found.unread)
     if args.sheet_limit and found.jobs:
         _draw(sheet, found.jobs, args, summary)
     summary.show()
     return 1 if summary.problems or (args.strict and summary.nothing) else 0
+
+
+def _find(args: argparse.Namespace) -> Jobs:
+    from pathlib import Path
+
+    from masked_loss_triton.errors import UserError
+    from masked_loss_triton.generate.jobs import find_jobs
+    from masked_loss_triton.masks.reading import unread_text
+
+    clip_suffix = ".mkv" if args.clip_output == "video" else ""
+    found = find_jobs(Path(args.input_dir), Path(args.output_dir), clip_suffix)
+    if not found.jobs and not found.problems:
+        skipped = f" ({unread_text(found.unread)})" if found.unread else ""
+        raise UserError(f"--input_dir {args.input_dir} has no pictures or clips in it{skipped}", 2)
+    return found
 
 
 def _make(jobs: list[Job], generation: Generation, summary: Summary) -> None:

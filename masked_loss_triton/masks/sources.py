@@ -42,7 +42,9 @@ class MaskDirectory:
         self.ambiguous: list[tuple[Path, Path]] = []
         try:
             with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: (_rank(entry.name), entry.name))
+                # Hidden ones are files of the system (._a.png), copies of replaced masks, temporary files.
+                shown = (entry for entry in scan if not entry.name.startswith("."))
+                entries = sorted(shown, key=lambda entry: (_rank(entry.name), entry.name))
         except OSError as error:
             raise UserError(f"mask_directory {path} cannot be read ({error.strerror}): correct it", 2) from error
         for entry in entries:
@@ -51,7 +53,7 @@ class MaskDirectory:
                 table = self.stills
             elif extension.lower() in VIDEO_EXTENSIONS:
                 table = self.videos
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):  # unlike entry.is_dir(), no error at a link to itself
                 stem, table = entry.name, self.folders
             else:
                 continue

@@ -18,6 +18,9 @@ def test_masks_are_found_by_stem_whatever_the_format(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "clip").mkdir()
+    (tmp_path / "._a.png").touch()  # macOS, on a disk of another system
+    (tmp_path / ".replaced-masks").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     masks = MaskDirectory(tmp_path)
     found = {stem: masks.find(stem, video=False) for stem in ("a", "b", "c", "d", "e", "two.dots", "folder")}
     names = {stem: path and path.name for stem, path in found.items()}
@@ -31,6 +34,7 @@ def test_masks_are_found_by_stem_whatever_the_format(tmp_path):
         "folder": None,
     }
     assert [(first.name, second.name) for first, second in masks.ambiguous] == [("d.png", "d.jpg")]
+    assert set(masks.stems(video=True)) == {"a", "b", "c", "d", "clip", "folder", "two.dots"}
     assert masks.find("clip", video=True) == tmp_path / "clip", "frames before the lossy video before a still"
     (tmp_path / "clip").rmdir()
     assert MaskDirectory(tmp_path).find("clip", video=True) == tmp_path / "clip.mp4"
