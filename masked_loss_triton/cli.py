@@ -23,6 +23,12 @@ COMMANDS = {
     "train": "masked_loss_triton.commands.train",
     "to-alpha": "masked_loss_triton.commands.to_alpha",
 }
+# The extra of pyproject.toml that installs each optional package, by the name under which it is imported.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "peft", "skimage", "sklearn", "matplotlib"), "demo"),
+    **dict.fromkeys(("av", "tomli"), "cache"),
+    **dict.fromkeys(("transformers", "torchvision"), "generate"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,49 +55,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Returns what to tell the user about an error, and the exit status; None for a bug, whose traceback is wanted."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_status
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in ("", "masked_loss_triton"):
+            return None
+        extra = EXTRAS.get(package)
+        hint = f"pip install 'masked_loss_triton[{extra}]'" if extra else "install it"
+        return f"needs the package {package!r}: {hint}", 2
+    if isinstance(error, ImportError):
+        # opencv-python wants the libraries of a screen (libGL), which a server may lack.
+        hint = "where there is no screen: pip install --force-reinstall opencv-python-headless"
+        return (f"a package cannot be loaded ({error}); {hint}", 2) if "lib" in str(error) else None
+    if isinstance(error, OSError):
+        return (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)), 1
+    return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"masked-loss {args.command}: {error}", file=sys.stderr)
-        return error.exit_status
-    except ModuleNotFoundError as error:
-        # A missing extra is the user's to mend; a missing module of this package is a bug.
-        if args.debug or (error.name or "").startswith("masked_loss_triton"):
-            raise
-        extra = args.command if args.command in ("demo", "generate") else "cache"
-        print(
-            f"masked-loss {args.command}: needs the package {error.name!r}: pip install 'masked_loss_triton[{extra}]'",
-            file=sys.stderr,
-        )
-        return 2
-    except ImportError as error:
-        # opencv-python wants the libraries of a screen (libGL), which a server may lack.
-        if args.debug or "lib" not in str(error):
-            raise
-        print(
-            f"masked-loss {args.command}: a package cannot be loaded ({error}); "
-            "where there is no screen: pip install --force-reinstall opencv-python-headless",
-            file=sys.stderr,
-        )
-        return 2
     except BrokenPipeError:
-        # Whoever read our output has enough of it; the interpreter must not complain about that at exit.
+        # The reader of our output has gone (head); the interpreter must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if args.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error)
+        if explained is None or (args.debug and isinstance(error, Exception)):
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"masked-loss {args.command}: {place}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"masked-loss {args.command}: interrupted", file=sys.stderr)
-        return 130
+        print(f"masked-loss {args.command}: {explained[0]}", file=sys.stderr)
+        return explained[1]
 
 
 if __name__ == "__main__":

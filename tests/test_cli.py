@@ -1,11 +1,13 @@
 """What a user's mistake prints: one line, and an exit status that says whose mistake it was."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
 
-from masked_loss_triton.cli import COMMANDS
+from masked_loss_triton.cli import COMMANDS, EXTRAS, explain
 
 
 def masked_loss_command(*arguments, cwd=None):
@@ -69,3 +71,20 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     code = f"{sys.executable} -m masked_loss_triton --help | head -c 1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "Traceback" not in result.stderr
+
+
+def test_a_missing_package_is_told_with_the_extra_that_has_it():
+    declared = [Requirement(text) for text in importlib.metadata.requires("masked_loss_triton")]
+    distributions = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+    for package, extra in EXTRAS.items():
+        name = distributions.get(package, package)
+        assert any(one.name == name and f'extra == "{extra}"' in str(one.marker) for one in declared), package
+        message, status = explain(ModuleNotFoundError(f"No module named '{package}.x'", name=f"{package}.x"))
+        assert (f"needs the package '{package}': pip install 'masked_loss_triton[{extra}]'", 2) == (message, status)
+    assert explain(ModuleNotFoundError("x", name="easydict")) == ("needs the package 'easydict': install it", 2)
+
+
+def test_a_bug_of_ours_is_no_message():
+    assert explain(ModuleNotFoundError("x", name="masked_loss_triton.lost")) is None
+    assert explain(ImportError("cannot import name 'x'")) is None
+    assert explain(ZeroDivisionError()) is None

@@ -1,12 +1,12 @@
-"""A progress bar on standard error: one line on a terminal, a line every ten seconds elsewhere."""
+"""A progress bar on standard error: one line that is drawn again on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
-TERMINAL_INTERVAL, LOG_INTERVAL = 0.1, 10.0
+TERMINAL_INTERVAL, LOG_INTERVAL = 0.1, 10.0  # seconds
+BAR = 24  # characters
 
 
 def printable(text: str) -> str:
@@ -16,43 +16,60 @@ def printable(text: str) -> str:
 
 
 class Progress:
-    """Counts to `total`. Lines for the user that come in between go through `say`, so that the bar stays whole."""
+    """Counts items of work, and shows how many are done, how fast, and how long the rest will take.
 
-    def __init__(self, label: str, total: int) -> None:
+    On a terminal the bar is there from the beginning, and ends as the time that the work took.
+
+    Args:
+        label: what is done.
+        total: number of items, or 0 for work that is not counted.
+    """
+
+    def __init__(self, label: str, total: int = 0) -> None:
         self.label, self.total, self.done = label, total, 0
-        self.started = time.perf_counter()
         self.terminal = sys.stderr.isatty()
-        self.shown = self.started
+        self.started = self.shown = time.perf_counter()
 
     def __enter__(self) -> Progress:
+        if self.terminal:
+            self._print(self._bar(""), "")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.terminal and self.total:
-            self._show("\n")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        counted = f" {self.done}/{self.total}" if self.total else ""
+        if self.terminal or self.shown > self.started:
+            self._print(f"{self.label}{counted}{' in' if kind is None else ', ended after'} {self.seconds:.1f} s", "\n")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.started
 
     @property
     def rate(self) -> float:
         """Items per second so far."""
-        return self.done / max(time.perf_counter() - self.started, 1e-9)
+        return self.done / max(self.seconds, 1e-9)
 
-    def advance(self, count: int = 1) -> None:
-        """Counts some items as done."""
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Counts some items as done; `note` is shown behind the bar."""
         self.done += count
         now = time.perf_counter()
         if now - self.shown >= (TERMINAL_INTERVAL if self.terminal else LOG_INTERVAL):
             self.shown = now
-            self._show("" if self.terminal else "\n")
+            self._print(self._bar(note), "" if self.terminal else "\n")
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        print(("\r\x1b[K" if self.terminal else "") + line, file=sys.stderr, flush=True)
+        self._print(line, "\n")
 
-    def _show(self, end: str) -> None:
-        filled = 24 * self.done // max(self.total, 1)
-        bar = "#" * filled + "." * (24 - filled)
-        left = (self.total - self.done) / max(self.rate, 1e-9)
-        line = f"{self.label} [{bar}] {self.done}/{self.total}  {self.rate:.1f}/s  {left:.0f} s left"
+    def _bar(self, note: str) -> str:
+        if not self.total:
+            return f"{self.label} {note}"
+        filled = BAR * min(self.done, self.total) // self.total
+        line = f"{self.label} [{'#' * filled}{'.' * (BAR - filled)}] {self.done}/{self.total}"
+        if self.done:  # before the first one is done nobody knows how long one takes
+            line += f"  {self.rate:.1f}/s  {max(self.total - self.done, 0) / self.rate:.0f} s left"
+        return f"{line}  {note}" if note else line
+
+    def _print(self, line: str, end: str) -> None:
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
