@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,12 +20,15 @@ from masked_loss_triton.cache.align import (
 from masked_loss_triton.cache.dataset import Dataset
 from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
-from masked_loss_triton.cache.safetensors_file import TensorFile, read_header, rewrite
+from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
-METADATA_PREFIX = "mask_"
+WEIGHTS_NAME = re.compile(WEIGHTS_PREFIX + r"\d+x\d+x\d+_(float16|float32)")
+VERSION, FINGERPRINT = "mask_version", "mask_tensors_sha256"
+METADATA_KEYS = ("mask_source", "mask_file", "mask_hash", "mask_operations", VERSION, FINGERPRINT)
+PROGRAM = "masked_loss_triton"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +92,15 @@ def inject(
         force: write also what is up to date.
     """
     outcomes: list[Outcome] = []
-    due: list[tuple[CacheItem, TensorFile, LatentShape, Inputs]] = []
+    due: list[_Due] = []
     for item in job:
         try:
             file = read_header(item.path)
             shape = latent_shape(file, item, prepared.dataset, prepared.family)
             inputs = find_inputs(item, shape, prepared.dataset, prepared.family, prepared.masks)
             kinds = {group[0].kind if group else "full" for group in inputs.candidates}
+            if not force:
+                _check_not_foreign(file)
             current = not force and _is_current(file, shape, inputs, dtype)
             if (current and "full" in file.metadata["mask_source"].split(",")) or (dry_run and "full" in kinds):
                 check_not_required(item, prepared.dataset)
@@ -106,39 +112,48 @@ def inject(
         elif dry_run:
             outcomes.append(Outcome(item, "written", ",".join(sorted(kinds))))
         else:
-            due.append((item, file, shape, inputs))
+            due.append(_Due(item, file, shape, inputs))
     return outcomes + _write(prepared, due, dtype)
 
 
-def _write(
-    prepared: Prepared, due: list[tuple[CacheItem, TensorFile, LatentShape, Inputs]], dtype: str
-) -> list[Outcome]:
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """A cache whose weights are to be computed and written."""
+
+    item: CacheItem
+    file: TensorFile
+    shape: LatentShape
+    inputs: Inputs
+
+
+def _write(prepared: Prepared, due: list[_Due], dtype: str) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    by_plane: dict[tuple[int, int], list[tuple[CacheItem, TensorFile, LatentShape, Inputs]]] = {}
-    for one in due:
-        by_plane.setdefault((one[2].height, one[2].width), []).append(one)
+    by_plane: dict[tuple[int, int], list[_Due]] = {}
+    for cache in due:
+        by_plane.setdefault((cache.shape.height, cache.shape.width), []).append(cache)
     for group in by_plane.values():
-        items, files, shapes, inputs = (list(column) for column in zip(*group, strict=True))
         try:
-            if items[0].window is not None:
-                results = compute_clip_weights(items, shapes, inputs[0], prepared.dataset, prepared.family)
-            else:
-                results = [
-                    compute_weights(item, file, shape, one, prepared.dataset)
-                    for item, file, shape, one in zip(items, files, shapes, inputs, strict=True)
-                ]
+            results = _compute(prepared, group)
         except UserError as error:
             # One mask serves all windows of a clip: its fault is named once.
-            outcomes.append(Outcome(items[0], "problem", message=str(error)))
-            outcomes += [Outcome(item, "problem") for item in items[1:]]
+            outcomes.append(Outcome(group[0].item, "problem", message=str(error)))
+            outcomes += [Outcome(cache.item, "problem") for cache in group[1:]]
             continue
-        for item, file, shape, one, weights in zip(items, files, shapes, inputs, results, strict=True):
+        for cache, weights in zip(group, results, strict=True):
             try:
-                save_weights(file, shape, weights, one.digest, prepared.dataset, dtype)
-                outcomes.append(Outcome(item, "written", weights.source))
+                save_weights(cache.file, cache.shape, weights, cache.inputs.digest, prepared.dataset, dtype)
+                outcomes.append(Outcome(cache.item, "written", weights.source))
             except UserError as error:
-                outcomes.append(Outcome(item, "problem", message=str(error)))
+                outcomes.append(Outcome(cache.item, "problem", message=str(error)))
     return outcomes
+
+
+def _compute(prepared: Prepared, group: list[_Due]) -> list[Weights]:
+    dataset = prepared.dataset
+    if group[0].item.window is None:
+        return [compute_weights(cache.item, cache.file, cache.shape, cache.inputs, dataset) for cache in group]
+    items, shapes = [cache.item for cache in group], [cache.shape for cache in group]
+    return compute_clip_weights(items, shapes, group[0].inputs, dataset, prepared.family)
 
 
 def weights_key(shape: LatentShape, dtype: str) -> str:
@@ -146,9 +161,40 @@ def weights_key(shape: LatentShape, dtype: str) -> str:
     return f"{WEIGHTS_PREFIX}{shape.frames}x{shape.height}x{shape.width}_{dtype}"
 
 
-def is_mask_metadata(key: str) -> bool:
-    """Whether a metadata key of a cache is ours."""
-    return key.startswith(METADATA_PREFIX)
+def own_weights(file: TensorFile) -> set[str]:
+    """The names of the weights in a cache that this package wrote; those of another program are not among them."""
+    if not file.metadata.get(VERSION, "").startswith(f"{PROGRAM} "):
+        return set()
+    return {name for name in file.tensors if WEIGHTS_NAME.fullmatch(name)}
+
+
+def own_metadata(file: TensorFile) -> set[str]:
+    """The keys of the metadata of a cache that this package wrote."""
+    if not file.metadata.get(VERSION, "").startswith(f"{PROGRAM} "):
+        return set()
+    return file.metadata.keys() & set(METADATA_KEYS)
+
+
+def verify_tensors(file: TensorFile) -> bool | None:
+    """Whether latents and all else in a cache are what they were when it was masked; None where that was not noted.
+
+    Reads the whole cache.
+
+    Raises:
+        UserError: when it cannot be read, or another program writes it meanwhile.
+    """
+    if not own_weights(file) or FINGERPRINT not in file.metadata:
+        return None
+    return file.fingerprint(file.tensors.keys() - own_weights(file)) == file.metadata[FINGERPRINT]
+
+
+def _check_not_foreign(file: TensorFile) -> None:
+    foreign = {name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)} - own_weights(file)
+    if foreign:
+        raise UserError(
+            f"{file.path} has mask weights of another program ({min(foreign)}): --force replaces them, and they cannot be "
+            "had back"
+        )
 
 
 def save_weights(
@@ -163,23 +209,29 @@ def save_weights(
         "mask_file": weights.file.encode("utf-8", "backslashreplace").decode(),
         "mask_hash": digest,
         "mask_operations": json.dumps(dataclasses.asdict(dataset.operations), separators=(",", ":")),
-        "mask_version": f"masked_loss_triton {__version__}",
+        VERSION: f"{PROGRAM} {__version__}",
     }
-    metadata = {key: value for key, value in file.metadata.items() if not is_mask_metadata(key)}
+    metadata = {key: value for key, value in file.metadata.items() if key not in METADATA_KEYS}
     old = {name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)}
     array = weights.values.astype(np.float16 if dtype == "float16" else np.float32)
-    rewrite(file, drop=old, add={weights_key(shape, dtype): array}, metadata={**metadata, **provenance})
+    rewrite(
+        file,
+        drop=old,
+        add={weights_key(shape, dtype): array},
+        metadata={**metadata, **provenance},
+        fingerprint=FINGERPRINT,
+    )
 
 
 def remove_weights(item: CacheItem, dry_run: bool = False) -> Outcome:
-    """Takes weights and provenance out of a cache; it is then as the trainer's script wrote it."""
+    """Takes our weights and provenance out of a cache; it is then as the trainer's script wrote it."""
     try:
         file = read_header(item.path)
-        ours = {name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)}
-        metadata = {key: value for key, value in file.metadata.items() if not is_mask_metadata(key)}
-        if not ours and metadata == file.metadata:
+        ours, keys = own_weights(file), own_metadata(file)
+        if not ours and not keys:
             return Outcome(item, "unchanged")
         if not dry_run:
+            metadata = {key: value for key, value in file.metadata.items() if key not in keys}
             rewrite(file, drop=ours, metadata=metadata)
         return Outcome(item, "removed")
     except UserError as error:
@@ -187,5 +239,10 @@ def remove_weights(item: CacheItem, dry_run: bool = False) -> Outcome:
 
 
 def _is_current(file: TensorFile, shape: LatentShape, inputs: Inputs, dtype: str) -> bool:
-    names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
-    return names == [weights_key(shape, dtype)] and file.metadata.get("mask_hash") == inputs.digest
+    name = weights_key(shape, dtype)
+    if own_weights(file) != {name} or file.metadata.get("mask_hash") != inputs.digest:
+        return False
+    if file.tensors[name]["dtype"] != NUMPY_NAMES[dtype] or "mask_source" not in file.metadata:
+        return False
+    values = file.read(name)
+    return bool(np.all((values >= 0) & (values <= 1)))  # NaN is neither

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from masked_loss_triton.cache.align import find_inputs
-from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
+from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, verify_tensors
 from masked_loss_triton.cache.items import CacheItem, Source, latent_shape
 from masked_loss_triton.cache.safetensors_file import read_header
 from masked_loss_triton.errors import UserError
@@ -37,6 +37,7 @@ KINDS = {
     "ambiguous": "two mask files for one picture: only the first is used",
     "uncached": "a picture or clip without latent cache",
     "cache": "a latent cache that is damaged or of another resolution",
+    "damaged": "a latent cache whose tensors are not those that were masked",
     "orphan": "a latent cache whose picture is not in the dataset, but which the trainer will train on",
     "unmasked": "a latent cache without mask weights",
     "outdated": "the mask or its options changed after the cache was masked",
@@ -152,14 +153,17 @@ def _check_values(prepared: Prepared, path: Path, low: int, high: int) -> list[P
     return []
 
 
-def check_cache(prepared: Prepared, item: CacheItem) -> tuple[list[Problem], bool]:
-    """The problems of one cache, and whether it has weights."""
+def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> tuple[list[Problem], bool]:
+    """The problems of one cache, and whether it has weights; `verify` reads it whole, to see damage."""
     found: list[Problem] = []
     if item.source is None:
         found.append(_problem(prepared, "orphan", item.path, "delete it, or put its picture back"))
     try:
         file = read_header(item.path)
         shape = latent_shape(file, item, prepared.dataset, prepared.family)
+        if verify and verify_tensors(file) is False:
+            note = "delete it and run the caching script again"
+            found.append(_problem(prepared, "damaged", item.path, note))
     except UserError as error:
         return [*found, _problem(prepared, "cache", item.path, str(error))], True
     names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]

@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the problems as JSON on standard output")
     parser.add_argument(
-        "--ignore", default="", metavar="KIND,KIND", help="kinds of problems to leave out, for example missing,size"
+        "--ignore",
+        default="",
+        metavar="KIND,KIND",
+        help="kinds of problems to leave out, for example missing,size; with damaged among them no cache is read whole",
     )
     add_workers_argument(parser)
 
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         one, thing = job
         if isinstance(thing, Source):
             return one.dataset.index, check_source(one, thing), None
-        return one.dataset.index, *check_cache(one, thing)
+        return one.dataset.index, *check_cache(one, thing, "damaged" not in ignored)
 
     things: dict[int, list[Source | CacheItem]] = {
         one.dataset.index: [*one.sources.values(), *one.items] for one in prepared

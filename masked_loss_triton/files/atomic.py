@@ -8,6 +8,7 @@ or on a network file system either, and only what is certainly dead is cleaned u
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -24,6 +25,7 @@ from masked_loss_triton.files.locks import NO_FOLLOW, machine, try_lock
 # Not *.safetensors or *.png: the trainers look for files by their ending and would train on half a file.
 TEMPORARY = re.compile(r"\.(?P<name>.*)\.(?P<machine>[A-Za-z0-9-]+)\.[0-9a-f]{16}\.masktmp", re.DOTALL)
 TWO_SECONDS = 2_000_000_000  # ns; the step of time on FAT
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def temporary_name(path: Path) -> Path:
@@ -35,7 +37,7 @@ def replace_file(
     path: str | os.PathLike[str],
     write: Callable[[BinaryIO], Any],
     *,
-    before: Callable[[], None] = lambda: None,
+    expected: tuple[int, ...] | None = None,
     keep_times: bool = False,
 ) -> None:
     """Calls `write(file)` on a temporary file in the same folder, brings it to the disk and puts it in place of `path`.
@@ -46,14 +48,14 @@ def replace_file(
     Args:
         path: the file; its folder exists.
         write: gets the new file, empty.
-        before: called last, before the old name is taken; what it raises leaves the old file in place.
+        expected: the `identity` of the file that may be replaced; another one stays.
         keep_times: for a file that is edited and not made anew: the time of the last access stays, that of the last change
             moves on by two seconds only, so that dates keep their meaning and programs that compare length and time
             (rsync, backups) still see that it changed.
 
     Raises:
-        UserError: naming the file, when it cannot be written, may not be replaced (read-only, a hard link), or cannot keep
-            its owner; it says what is there now. The temporary file goes.
+        UserError: naming the file, when it cannot be written, may not be replaced (read-only, a hard link, not the
+            expected one), or cannot keep its owner; it says what is there now. The temporary file goes.
     """
     target = Path(os.path.realpath(path))
     old: os.stat_result | None = None
@@ -69,14 +71,42 @@ def replace_file(
                     changed = min(old.st_mtime_ns + TWO_SECONDS, os.fstat(file.fileno()).st_mtime_ns)
                     os.utime(temporary, ns=(old.st_atime_ns, changed))
             os.fsync(file.fileno())
-            before()
             new = os.fstat(file.fileno())
             if os.name == "nt":  # an open file cannot be moved there
                 file.close()
-            os.replace(temporary, target)
+            _move(temporary, target, expected, path)
         sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {_state(target, old, new)}") from error
+
+
+def _move(temporary: Path, target: Path, expected: tuple[int, ...] | None, path: str | os.PathLike[str]) -> None:
+    """Puts the temporary file in place of `target`, if that is the expected file, up to the last moment where Linux helps."""
+    if expected is None:
+        os.replace(temporary, target)
+        return
+    if identity(os.stat(target)) != expected:
+        raise changed_meanwhile(path)
+    if not _exchange(temporary, target):
+        os.replace(temporary, target)
+    elif identity(os.stat(temporary))[:-1] != expected[:-1]:  # to be moved has changed its last time
+        if not _exchange(temporary, target):
+            os.replace(temporary, target)
+        raise changed_meanwhile(path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two files in one step, so that none is lost whatever it is; False where the system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+
+
+def changed_meanwhile(path: str | os.PathLike[str]) -> UserError:
+    """The error line for a file that was not the same any more when it was to be written."""
+    return UserError(f"{path} was written by another program meanwhile, and is left as it is: run this again")
 
 
 def _state(target: Path, old: os.stat_result | None, new: os.stat_result | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from masked_loss_triton.cache.inject import own_weights, verify_tensors
 from masked_loss_triton.cache.safetensors_file import read_header, rewrite
 from masked_loss_triton.errors import UserError
-from tests.cache.support import Lab, disc
+from masked_loss_triton.files import atomic
+from tests.cache.support import Lab, disc, read
 
 
 def test_a_cache_that_was_replaced_after_its_header_was_read_is_left_alone(tmp_path):
@@ -43,6 +46,128 @@ def test_a_cache_that_is_written_in_place_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="was written by another program meanwhile"):
         rewrite(file, add={"m": np.ones(3, np.float16)})
     assert path.read_bytes() == new
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two files are swapped in one step there alone")
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_a_cache_that_is_written_at_the_very_last_moment_is_not_lost(tmp_path, monkeypatch, how):
+    """After the last look at the old file, before the new one has its name: the trainer's own file comes back."""
+    path, other = tmp_path / "x.safetensors", tmp_path / "other"
+    save_file({"latents": torch.randn(64, 64)}, path)
+    save_file({"latents": torch.randn(64, 64)}, other)
+    new, exchange, late = other.read_bytes(), atomic._exchange, []
+
+    def trainer(first, second):
+        if not late:
+            late.append(how)
+            if how == "replaced":
+                os.replace(other, path)
+            else:
+                path.write_bytes(new)
+        return exchange(first, second)
+
+    monkeypatch.setattr(atomic, "_exchange", trainer)
+    with pytest.raises(UserError, match="was written by another program meanwhile"):
+        rewrite(read_header(path), add={"m": np.ones(3, np.float16)})
+    assert late == [how]
+    assert path.read_bytes() == new
+    assert not any(name.endswith("masktmp") for name in os.listdir(tmp_path))
+
+
+def test_where_files_cannot_be_swapped_the_new_one_is_moved(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_file({"latents": torch.randn(64, 64)}, path)
+    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    rewrite(read_header(path), add={"m": np.ones(3, np.float16)})
+    assert set(load_file(path)) == {"latents", "m"}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def flip_a_bit(path, name):
+    file = read_header(path)
+    with open(path, "r+b") as target:
+        target.seek(file.data_start + file.tensors[name]["data_offsets"][0] + 5)
+        byte = target.read(1)[0]
+        target.seek(-1, os.SEEK_CUR)
+        target.write(bytes([byte ^ 1]))
+
+
+def test_damage_of_the_latents_is_seen_by_check_and_not_masked_over(tmp_path, capsys):
+    lab = Lab(tmp_path)
+    for stem in "ab":
+        lab.picture(stem, mask=disc((160, 120)))
+    path, other = lab.add_cache("a"), lab.add_cache("b")
+    masks = ("--mask_directory", lab.masks)
+    assert verify_tensors(read_header(path)) is None, "it has not been masked yet"
+    assert lab.run("cache", *masks) == 0
+    assert verify_tensors(read_header(path)) is True
+    assert lab.run("check", *masks) == 0
+    (latents,) = (name for name in read_header(path).tensors if name.startswith("latents"))
+    flip_a_bit(path, latents)
+    assert verify_tensors(read_header(path)) is False
+    capsys.readouterr()
+    assert lab.run("check", *masks, "--json") == 1
+    (problem,) = json.loads(capsys.readouterr().out)
+    assert (problem["kind"], problem["file"]) == ("damaged", str(path))
+    assert lab.run("check", *masks, "--ignore", "damaged") == 0
+    damaged = path.read_bytes()
+    capsys.readouterr()
+    assert lab.run("cache", *masks, "--mask_dilate", "3") == 1
+    assert f"{path} is damaged: its tensors are not those that were masked" in capsys.readouterr().err
+    assert path.read_bytes() == damaged
+    assert json.loads(read_header(other).metadata["mask_operations"])["mask_dilate"] == 3, "the rest is done"
+    assert lab.run("cache", "--remove") == 0
+    assert lab.run("cache", *masks) == 0
+    assert lab.run("check", *masks) == 0
+
+
+def test_weights_that_are_no_weights_are_made_anew(tmp_path, capsys):
+    lab = Lab(tmp_path)
+    lab.picture("a", mask=disc((160, 120)))
+    path, masks = lab.add_cache("a"), ("--mask_directory", lab.masks)
+    assert lab.run("cache", *masks) == 0
+    good = path.read_bytes()
+    file = read_header(path)
+    (name,) = own_weights(file)
+    for value in (np.nan, np.inf, -0.5, 2.0):
+        bad = np.array(read_header(path).read(name))
+        bad.flat[3] = value
+        rewrite(read_header(path), add={name: bad})
+        assert path.read_bytes() != good
+        assert lab.run("cache", *masks) == 0
+        assert "1 masks written" in capsys.readouterr().out
+        assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.float32])
+def test_weights_and_metadata_of_another_program_stay(tmp_path, capsys, dtype):
+    """In every command one line, or nothing: no traceback, and no change without --force."""
+    lab = Lab(tmp_path)
+    lab.picture("a", mask=disc((160, 120)))
+    lab.picture("b", mask=disc((160, 120)))
+    other = lab.add_cache("b")
+    path, masks = lab.add_cache("a"), ("--mask_directory", lab.masks)
+    tensors, metadata = read(path)
+    foreign = f"mask_weights_1x14x18_{str(dtype).removeprefix('torch.')}"
+    tensors = {**tensors, foreign: torch.ones(1, 1, 14, 18, dtype=dtype)}
+    save_file(tensors, path, metadata={**metadata, "mask_author": "somebody", "mask_source": "theirs"})
+    before = path.read_bytes()
+    assert lab.run("cache", *masks) == 1
+    said = capsys.readouterr().err
+    assert f"{path} has mask weights of another program ({foreign}): --force replaces them" in said
+    assert lab.run("cache", "--remove", "--dry-run") == 0
+    assert lab.run("cache", "--remove") == 0
+    assert path.read_bytes() == before
+    assert not own_weights(read_header(other))
+    assert lab.run("check", *masks) == 1
+    assert lab.run("inspect", *masks, "--out", tmp_path / "sheet") in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
+    assert lab.run("cache", *masks, "--force") == 0
+    tensors, metadata = read(path)
+    assert sum(name.startswith("mask_weights_") for name in tensors) == 1
+    assert lab.run("cache", "--remove") == 0
+    assert read(path)[1]["mask_author"] == "somebody"
+    assert "mask_source" not in read(path)[1]
 
 
 def test_two_runs_with_other_options_keep_the_latents(tmp_path):
