@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from masked_loss_triton.kernels.launch_loss import LossLaunch, ScaleLaunch
-from masked_loss_triton.kernels.launch_weights import WeightsLaunch
+from masked_loss_triton.kernels.loss import LossLaunch
+from masked_loss_triton.kernels.scale import ScaleLaunch
+from masked_loss_triton.kernels.weights import WeightsLaunch
 
 REGISTERS = {
     "loss_kernel": LossLaunch.scattered,

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from bench.cases import Call
 from masked_loss_triton.backend import fused
 from masked_loss_triton.call import describe
-from masked_loss_triton.kernels import launch_loss
+from masked_loss_triton.kernels import loss as loss_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ _compiled: dict[Any, Any] = {}
 
 def multiprocessors(count: int) -> contextlib.AbstractContextManager[Any]:
     """The launchers choose as on a device with `count` multiprocessors, and not as for a CPU tensor."""
-    return mock.patch.object(launch_loss, "_multiprocessors", return_value=count)
+    return mock.patch.object(loss_kernels, "_multiprocessors", return_value=count)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import triton
 
 from bench.launches import Device
-from masked_loss_triton.kernels import launch_loss
+from masked_loss_triton.kernels import loss as loss_kernels
 
 NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Place = tuple[str, int]  # file, line
@@ -194,14 +194,14 @@ def _accesses(file: str) -> dict[int, str]:
     # Loads and stores first. Then helpers that take a pointer: some tools name the line of the call, and not the load inside.
     accesses = [node for node in calls if ast.unparse(node.func) in ("tl.load", "tl.store", "tl.atomic_add")]
     for node in [*accesses, *calls]:
-        if pointer := re.search(r"(\w+)_ptr", ast.unparse(node.args[0])):
+        if pointer := re.search(r"(\w+)(?:_ptr|\.ptr)\b", ast.unparse(node.args[0])):
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 names.setdefault(line, pointer[1])
     return names
 
 
 # Now, as Triton has read the kernels now: who edits them while this runs gets true names all the same.
-for _file in pathlib.Path(launch_loss.__file__).parent.glob("*.py"):
+for _file in pathlib.Path(loss_kernels.__file__).parent.glob("*.py"):
     _accesses(str(_file))
 
 

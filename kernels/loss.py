@@ -7,319 +7,376 @@ with a = s w and b = r v: the weights times the factor of the sample, which hold
 written. The last program to finish adds the partial losses, always in the same order.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
+from masked_loss_triton.kernels.operands import Operand, Walk, offsets_of
 from masked_loss_triton.kernels.stages import (
+    Gates,
+    StageOptions,
+    Stages,
     binarized_and_inverted,
+    error_and_slope,
     read,
     sample_gates,
     split_position,
     target_and_prior_weight,
 )
-from masked_loss_triton.kernels.sums import factors, sum_of, write_weight_stats
+from masked_loss_triton.kernels.sums import STATS, Normalization, Sample, factors, sum_of, write_weight_stats
+from masked_loss_triton.kernels.weights import MaskWeights
+
+if TYPE_CHECKING:
+    from masked_loss_triton.call import LossInputs
+    from masked_loss_triton.config import MaskedLossConfig
 
 
-@triton.jit
-def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
-    """(rho(d), rho'(d)) as torch defines them."""
-    if LOSS_TYPE == "mse":
-        return d * d, 2.0 * d
-    elif LOSS_TYPE == "l1":
-        return tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
-    elif LOSS_TYPE == "huber":
-        slope = tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))
-        return slope * (d - 0.5 * slope), slope
-    else:
-        scaled = d / delta
-        slope = tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
-        return slope * (d - 0.5 * delta * slope), slope
+class Outputs(NamedTuple):
+    """Where the loss goes, and its statistics if somebody asked for them."""
+
+    terms_ptr: torch.Tensor  # (2, programs) float32
+    loss_ptr: torch.Tensor  # () float32
+    stats_ptr: torch.Tensor | None  # (STATS,) float32
 
 
-@triton.jit
-def offsets_of(position, frame, row, column, stride_f, stride_h, stride_w, FLAT: tl.constexpr):
-    """Offsets of positions inside one channel; a tensor whose positions are one run needs no division."""
-    if FLAT:
-        return position * stride_w
-    return frame * stride_f + row * stride_h + column * stride_w
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions(StageOptions):
+    """What the code of the loss kernel depends on.
+
+    Args:
+        FLAT, FOLD, DIVISOR: see `Walk`. MASK_FLAT, MASK_DIVISOR: the same of a mask that the kernel reads itself.
+        ONE_FRAME: the weights or the mask have one frame, pred has several.
+        CELL_VECTOR: neighbours whose weights are neighbours too: their number divides every place where a frame or a fold ends.
+        OFFSET: int64 where a tensor spans 2^31 elements, else int32.
+        BLOCK_TILES: partial sums of the weights that are read at once.
+        VECTOR, BLOCK_P, BLOCK_C, CHANNEL_BLOCKS: see `LossLaunch`.
+    """
+
+    LOSS_TYPE: str
+    NORMALIZATION: str
+    PER_SAMPLE: bool
+    FLAT: bool
+    FOLD: int
+    DIVISOR: int
+    MASK_FLAT: bool
+    MASK_DIVISOR: int
+    ONE_FRAME: bool
+    CELL_VECTOR: int
+    OFFSET: tl.dtype
+    BLOCK_TILES: int
+    VECTOR: int
+    BLOCK_P: int
+    BLOCK_C: int
+    CHANNEL_BLOCKS: int
 
 
 @triton.jit
 def loss_kernel(
-    pred_ptr,
-    target_ptr,
-    latents_ptr,
-    prior_ptr,
-    gradient_ptr,
-    mask_ptr,
-    w_ptr,
-    v_ptr,
-    prior_gate_ptr,
-    mask_gate_ptr,
-    partials_ptr,
-    factors_ptr,  # (2, B) float32
-    weighting_ptr,  # (B,)
-    prior_weight_ptr,  # (B,)
-    grad_output_ptr,  # ()
-    terms_ptr,  # (2, programs) float32
-    loss_ptr,  # () float32
-    stats_ptr,  # (STATS,) float32
-    ticket_ptr,  # () int32
-    prior_weight,
+    pred,  # `Operand`, (B, C, F, H, W)
+    target,
+    latents,  # `Operand` or None
+    prior,  # `Operand` or None
+    gradient,  # `Operand`, or None where it is not wanted
+    mask,  # `Operand`, (B, F or 1, H, W), or None
+    weights,  # `MaskWeights`
+    gates,
+    sample,
+    grad_output_ptr,  # () or None
+    out,  # `Outputs`, or None where only the gradient is wanted
     flow_sign,
-    binarize,  # from here on a plan has the arguments (launch_loss.py)
-    gamma,
-    min_weight,
-    prior_threshold,
-    area_scale_beta,
-    eps,
+    shape,  # (B, C, F, H, W)
+    tiles,  # of the partial sums of the weights
     delta,
-    batch,
-    channels,
-    frames,
-    height,
-    width,
-    tiles,
-    pred_stride_b,
-    pred_stride_c,
-    pred_stride_f,
-    pred_stride_h,
-    pred_stride_w,
-    target_stride_b,
-    target_stride_c,
-    target_stride_f,
-    target_stride_h,
-    target_stride_w,
-    latents_stride_b,
-    latents_stride_c,
-    latents_stride_f,
-    latents_stride_h,
-    latents_stride_w,
-    prior_stride_b,
-    prior_stride_c,
-    prior_stride_f,
-    prior_stride_h,
-    prior_stride_w,
-    gradient_stride_b,
-    gradient_stride_c,
-    gradient_stride_f,
-    gradient_stride_h,
-    gradient_stride_w,
-    mask_stride_b,
-    mask_stride_f,
-    mask_stride_h,
-    mask_stride_w,
-    HAS_LATENTS: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_W: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-    HAS_WEIGHTING: tl.constexpr,
-    HAS_PRIOR_WEIGHT: tl.constexpr,
-    HAS_AREA_SCALE: tl.constexpr,
-    HAS_GRAD_OUTPUT: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr,
-    WRITE_LOSS: tl.constexpr,
-    WRITE_WEIGHT_STATS: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-    HAS_BINARIZE: tl.constexpr,
-    INVERT: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    CLAMP_FLOOR: tl.constexpr,
-    PRIOR_REGION: tl.constexpr,
-    HAS_PRIOR_GATE: tl.constexpr,
-    HAS_MASK_GATE: tl.constexpr,
-    NORMALIZATION: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    LOSS_TYPE: tl.constexpr,
-    FLAT: tl.constexpr,
-    FOLD: tl.constexpr,
-    MASK_FLAT: tl.constexpr,
-    ONE_FRAME: tl.constexpr,
-    CELL_VECTOR: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    MASK_DIVISOR: tl.constexpr,
-    OFFSET: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNEL_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    stages,
+    normalization,
+    options: tl.constexpr,
 ):
-    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels.
-
-    FOLD 2 takes (C, P) as (C / 2, 2 P), pairs of channels as one row: where P is an odd multiple of 4, rows of 2-byte elements
-    start on 8 bytes, pairs of rows on 16.
-    """
+    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
+    batch, channels, frames, height, width = shape
     b = tl.program_id(2)
-    # Every stride and the number of positions came divided by DIVISOR: multiplied back, the compiler knows what divides them
-    # and reads 128 bits at a time also where they are not multiples of 16.
     grid_positions = frames * height * width
-    positions = grid_positions * FOLD // DIVISOR * DIVISOR
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    positions = grid_positions * options.FOLD // options.DIVISOR * options.DIVISOR
+    position = tl.program_id(0) * options.BLOCK_P + tl.arange(0, options.BLOCK_P)[None, :]
     inside = position < positions
     cell = position
-    if FOLD == 2:
+    if options.FOLD == 2:
         cell = tl.where(position < grid_positions, position, position - grid_positions)
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, options.CELL_VECTOR)), (1, options.CELL_VECTOR))
     frame, row, column = split_position(cell, height, width)
     # Products with strides: 64-bit where a tensor spans 2^31 elements.
-    cell, frame, row, column = cell.to(OFFSET), frame.to(OFFSET), row.to(OFFSET), column.to(OFFSET)
+    cell = cell.to(options.OFFSET)
+    at = (frame.to(options.OFFSET), row.to(options.OFFSET), column.to(options.OFFSET))
     # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
     # use half of its sectors.
-    position = tl.max_contiguous(position, (1, VECTOR)).to(OFFSET)
+    position = tl.max_contiguous(position, (1, options.VECTOR)).to(options.OFFSET)
 
-    s, r = factors(
-        partials_ptr,
-        factors_ptr,
-        weighting_ptr,
-        prior_weight_ptr,
-        prior_weight,
-        area_scale_beta,
-        eps,
-        b,
-        batch,
-        tiles,
-        channels,
-        grid_positions,
-        HAS_FACTORS,
-        HAS_WEIGHTING,
-        HAS_PRIOR,
-        HAS_PRIOR_WEIGHT,
-        HAS_AREA_SCALE,
-        NORMALIZATION,
-        PER_SAMPLE,
-        BLOCK_TILES,
-    )
-    if HAS_GRAD_OUTPUT:
+    s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, options, prior is not None)
+    if grad_output_ptr is not None:
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
         s = s * grad_output
         r = r * grad_output
 
-    long_b = b.to(tl.int64)
     weight_positions = grid_positions
-    if ONE_FRAME:
+    if options.ONE_FRAME:
         weight_positions = height * width
         cell = cell % weight_positions
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
-    if HAS_W:
-        weight_offsets = long_b * (weight_positions // CELL_VECTOR * CELL_VECTOR) + cell
-        w = tl.load(w_ptr + weight_offsets, mask=inside, other=0.0)
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, options.CELL_VECTOR)), (1, options.CELL_VECTOR))
+    if weights.w_ptr is not None:
+        weight_offsets = b.to(tl.int64) * (weight_positions // options.CELL_VECTOR * options.CELL_VECTOR) + cell
+        w = tl.load(weights.w_ptr + weight_offsets, mask=inside, other=0.0)
         v = tl.zeros_like(w)
-        if HAS_V:
-            v = tl.load(v_ptr + weight_offsets, mask=inside, other=0.0)
+        if weights.v_ptr is not None:
+            v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
     else:
-        if HAS_MASK:
-            mask_offsets = offsets_of(cell, frame, row, column, mask_stride_f, mask_stride_h, mask_stride_w, MASK_FLAT)
-            m = tl.load(mask_ptr + long_b * (mask_stride_b * MASK_DIVISOR) + mask_offsets, mask=inside, other=0)
-            m = binarized_and_inverted(read(m, IS_UINT8), binarize, HAS_BINARIZE, INVERT)
-        else:
-            m = tl.full((1, BLOCK_P), 1.0, tl.float32)
-        prior_gate, mask_gate = sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE, HAS_MASK_GATE)
-        w, v = target_and_prior_weight(
-            m,
-            m,
-            prior_gate,
-            mask_gate,
-            gamma,
-            min_weight,
-            prior_threshold,
-            HAS_GAMMA,
-            CLAMP_FLOOR,
-            PRIOR_REGION,
-            HAS_MASK_GATE,
-        )
-    a = s * w
-    b_weight = r * v
+        m = tl.full((1, options.BLOCK_P), 1.0, tl.float32)
+        if mask is not None:
+            start = b.to(tl.int64) * (mask.b * options.MASK_DIVISOR)
+            if options.MASK_FLAT:
+                mask_offsets = start + cell
+            else:
+                mask_offsets = start + at[0] * mask.f + at[1] * mask.h + at[2] * mask.w
+            m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
+            m = binarized_and_inverted(m, stages, options)
+        prior_gate, mask_gate = sample_gates(gates, b)
+        w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, options, prior is not None)
+    target_weight, prior_weight = s * w, r * v
 
     # One sum per position: the channels of a block are added in the thread that holds them, and a sum per element would take four
     # times the registers.
-    target_sum = tl.zeros((BLOCK_P,), tl.float32)
-    prior_sum = tl.zeros((BLOCK_P,), tl.float32)
-    pred_offsets = long_b * (pred_stride_b * DIVISOR) + offsets_of(
-        position, frame, row, column, pred_stride_f * DIVISOR, pred_stride_h * DIVISOR, pred_stride_w, FLAT
-    )
-    target_offsets = long_b * (target_stride_b * DIVISOR) + offsets_of(
-        position, frame, row, column, target_stride_f * DIVISOR, target_stride_h * DIVISOR, target_stride_w, FLAT
-    )
-    first_channel = tl.program_id(1) * (CHANNEL_BLOCKS * BLOCK_C)
-    for step in range(CHANNEL_BLOCKS):
-        channel = first_channel + step * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-        valid = inside & (channel < channels // FOLD)
-        channel = channel.to(OFFSET)
-        p = tl.load(pred_ptr + pred_offsets + channel * (pred_stride_c * DIVISOR), mask=valid, other=0.0)
-        p = p.to(tl.float32)
-        t = tl.load(target_ptr + target_offsets + channel * (target_stride_c * DIVISOR), mask=valid, other=0.0)
-        t = t.to(tl.float32)
-        if HAS_LATENTS:
-            latents_offsets = long_b * (latents_stride_b * DIVISOR) + offsets_of(
-                position,
-                frame,
-                row,
-                column,
-                latents_stride_f * DIVISOR,
-                latents_stride_h * DIVISOR,
-                latents_stride_w,
-                FLAT,
-            )
-            x = tl.load(latents_ptr + latents_offsets + channel * (latents_stride_c * DIVISOR), mask=valid, other=0.0)
+    target_sum = tl.zeros((options.BLOCK_P,), tl.float32)
+    prior_sum = tl.zeros((options.BLOCK_P,), tl.float32)
+    first_channel = tl.program_id(1) * (options.CHANNEL_BLOCKS * options.BLOCK_C)
+    for step in range(options.CHANNEL_BLOCKS):
+        channel = first_channel + step * options.BLOCK_C + tl.arange(0, options.BLOCK_C)[:, None]
+        valid = inside & (channel < channels // options.FOLD)
+        channel = channel.to(options.OFFSET)
+        p = tl.load(pred.ptr + offsets_of(pred, b, channel, at, position, options), mask=valid, other=0.0)
+        t = tl.load(target.ptr + offsets_of(target, b, channel, at, position, options), mask=valid, other=0.0)
+        p, t = p.to(tl.float32), t.to(tl.float32)
+        if latents is not None:
+            x = tl.load(latents.ptr + offsets_of(latents, b, channel, at, position, options), mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
-        error, slope = error_and_slope(p - t, delta, LOSS_TYPE)
-        target_sum += tl.sum(a * error, axis=0)
-        gradient = a * slope
-        if HAS_PRIOR:
-            prior_offsets = long_b * (prior_stride_b * DIVISOR) + offsets_of(
-                position, frame, row, column, prior_stride_f * DIVISOR, prior_stride_h * DIVISOR, prior_stride_w, FLAT
-            )
-            q = tl.load(prior_ptr + prior_offsets + channel * (prior_stride_c * DIVISOR), mask=valid, other=0.0)
-            error, slope = error_and_slope(p - q.to(tl.float32), delta, LOSS_TYPE)
-            prior_sum += tl.sum(b_weight * error, axis=0)
-            gradient += b_weight * slope
-        if WRITE_GRADIENT:
-            gradient_offsets = long_b * (gradient_stride_b * DIVISOR) + offsets_of(
-                position,
-                frame,
-                row,
-                column,
-                gradient_stride_f * DIVISOR,
-                gradient_stride_h * DIVISOR,
-                gradient_stride_w,
-                FLAT,
-            )
-            tl.store(
-                gradient_ptr + gradient_offsets + channel * (gradient_stride_c * DIVISOR),
-                gradient.to(gradient_ptr.dtype.element_ty),
-                mask=valid,
-            )
+        error, slope = error_and_slope(p - t, delta, options.LOSS_TYPE)
+        target_sum += tl.sum(target_weight * error, axis=0)
+        value = target_weight * slope
+        if prior is not None:
+            q = tl.load(prior.ptr + offsets_of(prior, b, channel, at, position, options), mask=valid, other=0.0)
+            error, slope = error_and_slope(p - q.to(tl.float32), delta, options.LOSS_TYPE)
+            prior_sum += tl.sum(prior_weight * error, axis=0)
+            value += prior_weight * slope
+        if gradient is not None:
+            value = value.to(gradient.ptr.dtype.element_ty)
+            tl.store(gradient.ptr + offsets_of(gradient, b, channel, at, position, options), value, mask=valid)
 
-    if WRITE_LOSS:
+    if out is not None:
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
         program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(terms_ptr + program, tl.sum(target_sum, axis=0))
-        tl.store(terms_ptr + programs + program, tl.sum(prior_sum, axis=0))
+        tl.store(out.terms_ptr + program, tl.sum(target_sum, axis=0))
+        tl.store(out.terms_ptr + programs + program, tl.sum(prior_sum, axis=0))
         # The barrier orders the stores of all threads before the release of the one that takes the ticket.
         tl.debug_barrier()
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            target_term = sum_of(terms_ptr, programs)
-            prior_term = sum_of(terms_ptr + programs, programs)
+        if tl.atomic_add(weights.ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            target_term = sum_of(out.terms_ptr, programs)
+            prior_term = sum_of(out.terms_ptr + programs, programs)
             loss = target_term + prior_term
-            tl.store(loss_ptr, loss)
-            tl.store(stats_ptr, loss)
-            tl.store(stats_ptr + 1, target_term)
-            tl.store(stats_ptr + 2, prior_term)
-            if WRITE_WEIGHT_STATS:
-                write_weight_stats(
-                    partials_ptr, stats_ptr, batch * tiles, batch * grid_positions.to(tl.float32), BLOCK_TILES
-                )
-                tl.store(stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
+            tl.store(out.loss_ptr, loss)
+            if out.stats_ptr is not None:
+                tl.store(out.stats_ptr, loss)
+                tl.store(out.stats_ptr + 1, target_term)
+                tl.store(out.stats_ptr + 2, prior_term)
+                count = 1.0 * batch * grid_positions
+                write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, count, options.BLOCK_TILES)
+                tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
 
 
-@triton.jit
-def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
-    """gradient *= grad_output, in place; where that is 1, as in every plain `loss.backward()`, one load and nothing else."""
-    grad_output = tl.load(grad_output_ptr).to(tl.float32)
-    if grad_output != 1.0:
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient_ptr + index, mask=index < count, other=0.0).to(tl.float32) * grad_output
-        tl.store(gradient_ptr + index, value.to(gradient_ptr.dtype.element_ty), mask=index < count)
+@dataclasses.dataclass(frozen=True)
+class LossLaunch:
+    """Launch configuration of the loss kernel.
+
+    vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
+        access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
+        the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
+        the innermost axis it is the other way. Where positions are not one run, each element has an offset of its own in every
+        tensor, and a thread takes 4 halves.
+    channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
+        mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
+        comes from the second-level cache.
+    registers: what a thread may use at most, and what the compiler is told. With 64, 8 programs of 128 threads fit on an NVIDIA
+        multiprocessor, with the 96 that a prior takes 5, with the 128 of tensors that are not one run 4. Each has 16 KB in
+        flight (4 channels x 16 bytes x 2 tensors x 128 threads), of halves 8 KB. 16 KB is what 3.35 TB/s times 0.6 microseconds
+        need for each multiprocessor of an H100: two programs would do.
+    """
+
+    vector: int
+    block_p: int
+    block_c: int
+    channel_blocks: int
+    registers: int
+    num_warps: int = 4
+    without_prior: ClassVar[int] = 64
+    with_prior: ClassVar[int] = 96
+    scattered: ClassVar[int] = 128  # positions that are not one run
+
+    @classmethod
+    def choose(cls, pred: Layout, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
+        channels, positions = rows(pred, walk)
+        vector = 16 // max(walk.itemsize, 2 if walk.flat else 4)
+        if pred.shape[1] > 1 and pred.strides[1] == 1 and positions > walk.fold:
+            block_c = min(32, next_power_of_2(channels))
+            block_p = max(16, 128 * 16 // block_c)
+        else:
+            block_p = 128 * vector
+            while block_p > 128 and block_p // 2 >= positions:
+                block_p //= 2
+            block_c = min(16 // vector, next_power_of_2(channels))
+        all_blocks = ceil_div(channels, block_c)
+        programs = ceil_div(positions, block_p) * pred.shape[0]
+        # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
+        groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
+        registers = (cls.with_prior if has_prior else cls.without_prior) if walk.flat else cls.scattered
+        return cls(vector, block_p, block_c, ceil_div(all_blocks, groups), registers)
+
+    def options(self) -> dict[str, int]:
+        """Of the launch. Without the limit, ptxas may spill registers for an occupancy that nobody needs."""
+        # Only the CUDA compiler knows the option; AMD's multiprocessors have twice the registers.
+        limit = {} if torch.version.hip else dict(maxnreg=self.registers)
+        return dict(num_warps=self.num_warps, **limit)
+
+
+@functools.lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4  # the interpreter; small, but enough that small inputs take the path that splits the channels
+
+
+def rows(pred: Layout, walk: Walk) -> tuple[int, int]:
+    """(channels, positions) as the kernel walks over them."""
+    return pred.shape[1] // walk.fold, math.prod(pred.shape[2:]) * walk.fold
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPlan:
+    """Everything of a launch that the numbers in the tensors do not change.
+
+    Args:
+        strides: of pred, target, latents, prior, gradient and mask. arguments: of the kernel, from `shape` on.
+        options: of the launch.
+    """
+
+    grid: tuple[int, int, int]
+    strides: tuple[tuple[int, ...] | None, ...]
+    arguments: tuple[object, ...]
+    options: dict[str, int]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_loss(
+    operands: tuple[Layout | None, ...], tiles: int, config: MaskedLossConfig, one_frame: bool, multiprocessors: int
+) -> LossPlan:
+    """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew.
+
+    Args:
+        operands: pred, target, latents, prior, gradient, and the mask if the kernel reads it itself.
+        tiles: of the partial sums of the weights.
+        one_frame: the weights or the mask have one, pred has several.
+    """
+    pred, mask, has_prior = operands[0], operands[5], operands[3] is not None
+    assert pred is not None
+    walk = Walk.over(operands[:5])
+    launch = LossLaunch.choose(pred, walk, has_prior, multiprocessors)
+    batch, _, frames, height, width = pred.shape
+    channels, positions = rows(pred, walk)
+    mask_flat, mask_divisor, mask_strides = False, 1, None
+    if mask is not None:
+        b, *rest = mask.used_strides
+        mask_flat = mask.position_stride == 1
+        mask_divisor = common_divisor([b], 16) if mask_flat else 1
+        mask_strides = (b // mask_divisor, 0, *rest)
+    options = LossOptions(
+        INVERT=config.invert,
+        FLOOR=config.floor,
+        LOSS_TYPE=config.loss_type,
+        NORMALIZATION=config.normalization,
+        PER_SAMPLE=config.per_sample,
+        FLAT=walk.flat,
+        FOLD=walk.fold,
+        DIVISOR=walk.divisor,
+        MASK_FLAT=mask_flat,
+        MASK_DIVISOR=mask_divisor,
+        ONE_FRAME=one_frame,
+        CELL_VECTOR=common_divisor([height * width if one_frame else frames * height * width], launch.vector),
+        OFFSET=tl.int64 if max(x.span for x in operands if x is not None) >= 2**31 else tl.int32,
+        # At least one element per thread: fewer would be read once by every warp.
+        BLOCK_TILES=max(32 * launch.num_warps, next_power_of_2(min(1024, tiles * (1 if config.per_sample else batch)))),
+        VECTOR=launch.vector,
+        BLOCK_P=launch.block_p,
+        BLOCK_C=launch.block_c,
+        CHANNEL_BLOCKS=launch.channel_blocks,
+    )
+    return LossPlan(
+        (ceil_div(positions, launch.block_p), ceil_div(channels, launch.block_c * launch.channel_blocks), batch),
+        (*walk.strides, mask_strides),
+        (tuple(pred.shape), tiles, config.loss_delta, Stages.of(config), Normalization.of(config), options),
+        launch.options(),
+    )
+
+
+def launch_loss(
+    call: LossInputs,
+    weights: MaskWeights,
+    gates: Gates,
+    config: MaskedLossConfig,
+    factors: torch.Tensor | None = None,
+    *,
+    grad_output: torch.Tensor | None = None,
+    write_gradient: bool = True,
+    stats: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and its gradient in one launch: (loss, stats, gradient).
+
+    Args:
+        weights: what `launch_weights` made of `gates` and the mask.
+        factors: (2, B) float32, instead of those that the sums in `weights` give.
+        grad_output: 0-d; the gradient is multiplied by it before it is rounded to pred's dtype, and the loss is not written.
+
+    Returns:
+        loss: 0-d float32. stats: (STATS,) float32. gradient: as pred. The last two are empty where they were not asked for.
+    """
+    pred, device = call.pred, call.pred.device
+    gradient = torch.empty_like(pred) if write_gradient else None
+    mask = call.mask if weights.w_ptr is None else None
+    frames = next((x.shape[1] for x in (weights.w_ptr, mask) if x is not None), 1)
+    tensors = (pred, call.target, call.latents, call.prior, gradient, mask)
+    layouts = tuple(map(Layout.of, tensors))
+    plan = plan_loss(
+        layouts, weights.partials_ptr.shape[2], config, frames == 1 < pred.shape[2], _multiprocessors(device)
+    )
+    loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
+    out = None
+    if grad_output is None:
+        terms = torch.empty((2, math.prod(plan.grid)), dtype=torch.float32, device=device)
+        out = Outputs(terms, loss, numbers if stats else None)
+    loss_kernel[plan.grid](
+        *(
+            None if x is None or step is None else Operand(x, *step)
+            for x, step in zip(tensors, plan.strides, strict=True)
+        ),
+        weights,
+        gates,
+        Sample.of(call, factors),
+        grad_output,
+        out,
+        float(call.flow_sign),
+        *plan.arguments,
+        **plan.options,
+    )
+    return loss, numbers, pred.new_empty(0) if gradient is None else gradient

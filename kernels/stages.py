@@ -1,27 +1,83 @@
-"""The stages of a weight, as helpers that the kernels share.
+"""The stages of a loss, one helper each, that the kernels share; the table of the stages is in docs/formula.md.
 
 m = resample(clamp(mask));  m = [m > th];  m = 1 - m                    the raw mask, stages 0 to 2
 w = floor(snap(blur(m)) ** gamma);  v = 1 - w  or  [m < th]             the weights, stages 3 to 7
+rho(d), rho'(d)                                                         the error, stage 8
 """
 
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-# Values within this of 0 or 1 become 0 or 1: rounding must not create a region (see the table in the design, stage "snap").
+if TYPE_CHECKING:
+    from masked_loss_triton.call import LossInputs
+    from masked_loss_triton.config import MaskedLossConfig
+
+# Values within this of 0 or 1 become 0 or 1: rounding must not create a region.
 SNAP = tl.constexpr(1e-6)
 
-# How the prior's region is made; also the value of the constexpr PRIOR_REGION.
-NO_PRIOR = tl.constexpr(0)
-COMPLEMENT = tl.constexpr(1)
-THRESHOLD = tl.constexpr(2)
+
+class Stages(NamedTuple):
+    """The numbers of the stages; None where a stage is off."""
+
+    binarize: float | None
+    gamma: float | None
+    min_weight: float
+    prior_threshold: float | None
+
+    @classmethod
+    def of(cls, config: MaskedLossConfig) -> Stages:
+        gamma = None if config.gamma == 1 else config.gamma
+        return cls(config.binarize, gamma, config.min_weight, config.prior_threshold)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What the code of the stages depends on; a kernel takes one object of a subclass as its only constexpr."""
+
+    INVERT: bool
+    FLOOR: str
+
+
+class Gates(NamedTuple):
+    """Switches of each sample."""
+
+    prior_gate_ptr: torch.Tensor | None  # (B,): bool, or floating in [0, 1]
+    mask_gate_ptr: torch.Tensor | None  # (B,) bool
+
+    @classmethod
+    def of(cls, call: LossInputs) -> Gates:
+        return cls._make(None if gate is None else gate.contiguous() for gate in (call.prior_gate, call.mask_gate))
+
+
+class Resampling(NamedTuple):
+    """The mask on its way to the grid of the loss: sizes, strides, taps and scales. The stride `b` is divided by DIVISOR."""
+
+    frames: int
+    height: int
+    width: int
+    b: int
+    f: int
+    h: int
+    w: int
+    taps_f: int
+    taps_h: int
+    taps_w: int
+    scale_h: float
+    scale_w: float
 
 
 @triton.jit
-def read(value, IS_UINT8: tl.constexpr):
+def read(value):
     """Stage 0. `where` and not minimum / maximum: NaN passes through."""
+    if value.dtype == tl.uint8:
+        value = tl.math.div_rn(value.to(tl.float32), 255.0)
     value = value.to(tl.float32)
-    if IS_UINT8:
-        value = tl.math.div_rn(value, 255.0)
     value = tl.where(value > 1.0, 1.0, value)
     return tl.where(value < 0.0, 0.0, value)
 
@@ -59,222 +115,129 @@ def cubic_far(t):
 
 
 @triton.jit
-def tap(window_start, window_count, t, k, size_in, RESAMPLE: tl.constexpr):
+def tap(window_start, window_count, t, k, size_in, MODE: tl.constexpr):
     """Index and coefficient of tap k on one axis. For "area" the coefficient is 1 inside the window and 0 outside."""
-    if RESAMPLE == "bilinear":
+    if MODE == "bilinear":
         # Below the first centre and behind the last one the border counts alone.
         index = tl.minimum(tl.maximum(window_start + k, 0), size_in - 1)
         return index, tl.where(k == 0, 1.0 - t, t)
-    elif RESAMPLE == "bicubic":
+    elif MODE == "bicubic":
         index = tl.minimum(tl.maximum(window_start - 1 + k, 0), size_in - 1)
         near = tl.where(k == 1, cubic_near(t), cubic_near(1.0 - t))
         far = tl.where(k == 0, cubic_far(t + 1.0), cubic_far(2.0 - t))
         return index, tl.where((k == 1) | (k == 2), near, far)
     else:
+        tl.static_assert(MODE == "area" or MODE == "nearest" or MODE == "nearest-exact", "unknown way to resample")
         inside = k < window_count
         return tl.where(inside, window_start + k, 0), tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
-def axis_window(index, size_in, size_out, scale, RESAMPLE: tl.constexpr):
+def axis_window(index, size_in, size_out, scale, MODE: tl.constexpr):
     """Start, count and fraction of the taps of one spatial axis."""
-    if RESAMPLE == "nearest":
+    if MODE == "nearest":
         # torch multiplies by a rounded float32 scale, and so does this, to land on the same input.
         start = (index.to(tl.float32) * scale).to(tl.int32)
         return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif RESAMPLE == "nearest-exact":
+    elif MODE == "nearest-exact":
         start = ((index.to(tl.float32) + 0.5) * scale).to(tl.int32)
         return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif RESAMPLE == "area":
+    elif MODE == "area":
         start, count = area_window(index, size_in, size_out)
         return start, count, 0.0 * index.to(tl.float32)
     else:
+        tl.static_assert(MODE == "bilinear" or MODE == "bicubic", "unknown way to resample")
         start, t = linear_window(index, size_in, size_out)
         return start, 1 + 0 * index, t
 
 
 @triton.jit
-def resampled(
-    mask_ptr,  # at the sample
-    frame,
-    row,
-    column,
-    valid,
-    frames,
-    height,
-    width,
-    mask_frames,
-    mask_height,
-    mask_width,
-    mask_stride_f,
-    mask_stride_h,
-    mask_stride_w,
-    taps_f,
-    taps_h,
-    taps_w,
-    scale_h,
-    scale_w,
-    RESAMPLE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-):
+def resampled(mask_ptr, at, valid, grid, how, MODE: tl.constexpr):
     """Stages 0 and 1: the mask at the positions of the loss. Each mask value is read once per position that averages it.
 
     Rows, columns and frames are summed separately: the rounding error grows with each sum's own length.
+
+    Args:
+        mask_ptr: at the sample. at: (frame, row, column). grid: (F, H, W) of the loss. how: `Resampling`.
     """
-    f_start, f_count = area_window(frame, mask_frames, frames)
-    h_start, h_count, h_t = axis_window(row, mask_height, height, scale_h, RESAMPLE)
-    w_start, w_count, w_t = axis_window(column, mask_width, width, scale_w, RESAMPLE)
-    total = tl.zeros(frame.shape, tl.float32)
-    for kf in range(taps_f):
+    f_start, f_count = area_window(at[0], how.frames, grid[0])
+    h_start, h_count, h_t = axis_window(at[1], how.height, grid[1], how.scale_h, MODE)
+    w_start, w_count, w_t = axis_window(at[2], how.width, grid[2], how.scale_w, MODE)
+    total = tl.zeros(at[0].shape, tl.float32)
+    for kf in range(how.taps_f):
         in_time = kf < f_count
-        of_frame = tl.zeros(frame.shape, tl.float32)
-        for kh in range(taps_h):
-            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, mask_height, RESAMPLE)
-            of_row = tl.zeros(frame.shape, tl.float32)
-            for kw in range(taps_w):
-                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, mask_width, RESAMPLE)
+        of_frame = tl.zeros(at[0].shape, tl.float32)
+        for kh in range(how.taps_h):
+            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, how.height, MODE)
+            of_row = tl.zeros(at[0].shape, tl.float32)
+            for kw in range(how.taps_w):
+                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, how.width, MODE)
                 offsets = (
-                    (f_start + kf).to(tl.int64) * mask_stride_f
-                    + h_index.to(tl.int64) * mask_stride_h
-                    + w_index.to(tl.int64) * mask_stride_w
+                    (f_start + kf).to(tl.int64) * how.f + h_index.to(tl.int64) * how.h + w_index.to(tl.int64) * how.w
                 )
                 wanted = valid & in_time
-                if RESAMPLE == "area":
+                if MODE == "area":
                     wanted = wanted & (kh < h_count) & (kw < w_count)
-                value = read(tl.load(mask_ptr + offsets, mask=wanted, other=0), IS_UINT8)
-                if RESAMPLE == "bilinear" or RESAMPLE == "bicubic":
+                value = read(tl.load(mask_ptr + offsets, mask=wanted, other=0))
+                if MODE == "bilinear" or MODE == "bicubic":
                     value = value * w_coefficient
                 of_row += value
-            if RESAMPLE == "bilinear" or RESAMPLE == "bicubic":
+            if MODE == "bilinear" or MODE == "bicubic":
                 of_row = of_row * h_coefficient
             of_frame += of_row
-        if RESAMPLE == "bicubic":
+        if MODE == "bicubic":
             of_frame = tl.where(of_frame > 1.0, 1.0, of_frame)
             of_frame = tl.where(of_frame < 0.0, 0.0, of_frame)
         total += of_frame
     count = f_count
-    if RESAMPLE == "area":
+    if MODE == "area":
         count = count * h_count * w_count
     return tl.math.div_rn(total, count.to(tl.float32))
 
 
 @triton.jit
-def averaged(
-    mask_ptr,  # at the sample
-    frame,
-    row,
-    column,
-    valid,
-    frames,
-    mask_frames,
-    mask_stride_f,
-    mask_stride_h,
-    taps_f,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-):
+def averaged(mask_ptr, at, valid, grid, how, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
     """`resampled` by area where every position covers WINDOW_H x WINDOW_W mask values exactly and rows are runs of memory.
 
     A row of a window is read at once: neighbours read neighbouring windows, and no sector is asked for twice.
     """
-    f_start, f_count = area_window(frame, mask_frames, frames)
+    f_start, f_count = area_window(at[0], how.frames, grid[0])
     tap_w = tl.arange(0, WINDOW_W)[None, :]
-    total = tl.zeros(frame.shape, tl.float32)
-    for kf in range(taps_f):
+    total = tl.zeros(at[0].shape, tl.float32)
+    for kf in range(how.taps_f):
         wanted = (valid & (kf < f_count))[:, None]
-        first = (f_start + kf).to(tl.int64) * mask_stride_f + (row * WINDOW_H).to(tl.int64) * mask_stride_h
-        offsets = (first + column * WINDOW_W)[:, None] + tap_w
-        of_frame = tl.zeros(frame.shape, tl.float32)
+        first = (f_start + kf).to(tl.int64) * how.f + (at[1] * WINDOW_H).to(tl.int64) * how.h
+        offsets = (first + at[2] * WINDOW_W)[:, None] + tap_w
+        of_frame = tl.zeros(at[0].shape, tl.float32)
         for _ in range(WINDOW_H):
             value = tl.load(mask_ptr + offsets, mask=wanted, other=0)
             # Bytes are summed as they are, exactly, and divided by 255 once.
-            of_frame += tl.sum(value.to(tl.float32) if IS_UINT8 else read(value, IS_UINT8), axis=1)
-            offsets += mask_stride_h
+            of_frame += tl.sum(value.to(tl.float32) if value.dtype == tl.uint8 else read(value), axis=1)
+            offsets += how.h
         total += of_frame
     count = f_count * (WINDOW_H * WINDOW_W)
-    return tl.math.div_rn(total, (count * 255 if IS_UINT8 else count).to(tl.float32))
+    return tl.math.div_rn(total, (count * 255 if mask_ptr.dtype.element_ty == tl.uint8 else count).to(tl.float32))
 
 
 @triton.jit
-def on_grid_or_resampled(
-    mask_ptr,  # at the sample
-    position,
-    frame,
-    row,
-    column,
-    valid,
-    frames,
-    height,
-    width,
-    mask_frames,
-    mask_height,
-    mask_width,
-    mask_stride_f,
-    mask_stride_h,
-    mask_stride_w,
-    taps_f,
-    taps_h,
-    taps_w,
-    scale_h,
-    scale_w,
-    RESAMPLE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-    FLAT: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-):
-    """Stages 0 and 1 by the shortest way: FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
-    if FLAT:
-        return read(tl.load(mask_ptr + position, mask=valid, other=0), IS_UINT8)
-    elif WINDOW_W > 1:
-        return averaged(
-            mask_ptr,
-            frame,
-            row,
-            column,
-            valid,
-            frames,
-            mask_frames,
-            mask_stride_f,
-            mask_stride_h,
-            taps_f,
-            WINDOW_H,
-            WINDOW_W,
-            IS_UINT8,
-        )
+def raw_mask(mask_ptr, position, valid, grid, how, stages, options: tl.constexpr):
+    """Stages 0 to 2 by the shortest way: FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
+    at = split_position(position, grid[1], grid[2])
+    if options.FLAT:
+        m = read(tl.load(mask_ptr + position, mask=valid, other=0))
+    elif options.WINDOW_W > 1:
+        m = averaged(mask_ptr, at, valid, grid, how, options.WINDOW_H, options.WINDOW_W)
     else:
-        return resampled(
-            mask_ptr,
-            frame,
-            row,
-            column,
-            valid,
-            frames,
-            height,
-            width,
-            mask_frames,
-            mask_height,
-            mask_width,
-            mask_stride_f,
-            mask_stride_h,
-            mask_stride_w,
-            taps_f,
-            taps_h,
-            taps_w,
-            scale_h,
-            scale_w,
-            RESAMPLE,
-            IS_UINT8,
-        )
+        m = resampled(mask_ptr, at, valid, grid, how, options.MODE)
+    return binarized_and_inverted(m, stages, options)
 
 
 @triton.jit
-def binarized_and_inverted(m, binarize, HAS_BINARIZE: tl.constexpr, INVERT: tl.constexpr):
+def binarized_and_inverted(m, stages, options: tl.constexpr):
     """The end of stage 1, and stage 2."""
-    if HAS_BINARIZE:
-        m = tl.where(m > binarize, 1.0, 0.0)
-    if INVERT:
+    if stages.binarize is not None:
+        m = tl.where(m > stages.binarize, 1.0, 0.0)
+    if options.INVERT:
         m = 1.0 - m
     return m
 
@@ -294,38 +257,27 @@ def power(x, exponent):
 
 @triton.jit
 def target_and_prior_weight(
-    raw,
-    blurred,
-    prior_gate,
-    mask_gate,
-    gamma,
-    min_weight,
-    prior_threshold,
-    HAS_GAMMA: tl.constexpr,
-    CLAMP_FLOOR: tl.constexpr,
-    PRIOR_REGION: tl.constexpr,
-    HAS_MASK_GATE: tl.constexpr,
+    raw, blurred, prior_gate, mask_gate, stages, options: tl.constexpr, HAS_PRIOR: tl.constexpr
 ):
     """Stages 4 to 7, the snap before them included: (w, v)."""
     w = tl.where(blurred <= SNAP, 0.0, blurred)
     w = tl.where(w >= 1.0 - SNAP, 1.0, w)
-    if HAS_GAMMA:
-        w = power(w, gamma)
-    if CLAMP_FLOOR:
-        w = tl.where(w < min_weight, min_weight, w)
+    if stages.gamma is not None:
+        w = power(w, stages.gamma)
+    if options.FLOOR == "affine":
+        w = w * (1.0 - stages.min_weight) + stages.min_weight
     else:
-        w = w * (1.0 - min_weight) + min_weight
+        tl.static_assert(options.FLOOR == "clamp", "unknown floor")
+        w = tl.where(w < stages.min_weight, stages.min_weight, w)
     v = tl.zeros_like(w)
-    if PRIOR_REGION == COMPLEMENT:
-        v = (1.0 - w) * prior_gate
-    elif PRIOR_REGION == THRESHOLD:
-        v = tl.where(raw < prior_threshold, 1.0, 0.0) * prior_gate
-        w = w * (1.0 - v)
+    if HAS_PRIOR:
+        if stages.prior_threshold is None:
+            v = (1.0 - w) * prior_gate
+        else:
+            v = tl.where(raw < stages.prior_threshold, 1.0, 0.0) * prior_gate
+            w = w * (1.0 - v)
     v = tl.where(v <= SNAP, 0.0, v)
-    if HAS_MASK_GATE:
-        w = tl.where(mask_gate, w, 1.0)
-        v = tl.where(mask_gate, v, 0.0)
-    return w, v
+    return tl.where(mask_gate, w, 1.0), tl.where(mask_gate, v, 0.0)
 
 
 @triton.jit
@@ -337,12 +289,34 @@ def split_position(position, height, width):
 
 
 @triton.jit
-def sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE: tl.constexpr, HAS_MASK_GATE: tl.constexpr):
-    """The two gates of sample b, 1.0 and True where there is none."""
+def sample_gates(gates, b):
+    """(prior gate, mask gate) of sample b; 1.0 and True where there is none."""
     prior_gate = 1.0
     mask_gate = True
-    if HAS_PRIOR_GATE:
-        prior_gate = tl.load(prior_gate_ptr + b).to(tl.float32)
-    if HAS_MASK_GATE:
-        mask_gate = tl.load(mask_gate_ptr + b) != 0
+    if gates.prior_gate_ptr is not None:
+        prior_gate = tl.load(gates.prior_gate_ptr + b).to(tl.float32)
+    if gates.mask_gate_ptr is not None:
+        mask_gate = tl.load(gates.mask_gate_ptr + b) != 0
     return prior_gate, mask_gate
+
+
+@triton.jit
+def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
+    """Stage 8: (rho(d), rho'(d)) of backend/formulas.py, written so that rho shares the work of rho'."""
+    if LOSS_TYPE == "mse":
+        return d * d, 2.0 * d
+    elif LOSS_TYPE == "l1":
+        return tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    elif LOSS_TYPE == "huber":
+        slope = tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))
+        return slope * (d - 0.5 * slope), slope
+    elif LOSS_TYPE == "smooth_l1":
+        scaled = d / delta
+        slope = tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
+        return slope * (d - 0.5 * delta * slope), slope
+    else:
+        tl.static_assert(LOSS_TYPE == "pseudo_huber", "unknown kind of loss")
+        root = tl.sqrt_rn(d * d + delta * delta)
+        slope = 2.0 * delta * (d / root)
+        # sqrt(d^2 + delta^2) - delta as d^2 / (root + delta): the difference would lose the digits of a small error.
+        return slope * (d * (root / (root + delta))), slope

@@ -3,10 +3,19 @@
 A partial sum is written by one program and read by others, in a fixed order: no float atomics, the same bits every time.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from masked_loss_triton.kernels.stages import power
+
+if TYPE_CHECKING:
+    from masked_loss_triton.call import LossInputs
+    from masked_loss_triton.config import MaskedLossConfig
 
 # Planes of the partial sums. The last seven are written only when statistics are asked for.
 SUM_W = tl.constexpr(0)
@@ -20,10 +29,34 @@ PLANES_WITH_STATS = 10
 # Columns of the statistics, in the order of MaskedLossStats.
 STATS = 14
 
-# How the denominator is made; the value of the constexpr NORMALIZATION.
-WEIGHTED_MEAN = tl.constexpr(0)
-MEAN_ONE = tl.constexpr(1)
-MEAN = tl.constexpr(2)
+
+class Normalization(NamedTuple):
+    """The numbers of stage 9; area_scale_beta is None where it is off."""
+
+    eps: float
+    area_scale_beta: float | None
+
+    @classmethod
+    def of(cls, config: MaskedLossConfig) -> Normalization:
+        return cls(config.eps, config.area_scale_beta or None)
+
+
+class Sample(NamedTuple):
+    """What goes into the factor of each sample beside the sums of its weights."""
+
+    weighting_ptr: torch.Tensor | None  # (B,)
+    prior_weight_ptr: torch.Tensor | None  # (B,), or None: `prior_weight` for all
+    prior_weight: float
+    factors_ptr: (
+        torch.Tensor | None
+    )  # (2, B) float32: the factors themselves, where denominators span more than this batch
+
+    @classmethod
+    def of(cls, call: LossInputs, factors: torch.Tensor | None) -> Sample:
+        weighting = None if call.weighting is None else call.weighting.contiguous()
+        if isinstance(call.prior_weight, torch.Tensor):
+            return cls(weighting, call.prior_weight.contiguous(), 0.0, factors)
+        return cls(weighting, None, call.prior_weight, factors)
 
 
 @triton.jit
@@ -48,58 +81,47 @@ def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, PER_SAMPLE: tl
 
 
 @triton.jit
-def factors(
-    partials_ptr,
-    factors_ptr,
-    weighting_ptr,
-    prior_weight_ptr,
-    prior_weight,
-    area_scale_beta,
-    eps,
-    b,
-    batch,
-    tiles,
-    channels,
-    positions,
-    HAS_FACTORS: tl.constexpr,
-    HAS_WEIGHTING: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    HAS_PRIOR_WEIGHT: tl.constexpr,
-    HAS_AREA_SCALE: tl.constexpr,
-    NORMALIZATION: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """(s, r) of sample b: from the sums of the weights, or given where the denominators span more than this batch."""
-    if HAS_FACTORS:
-        return tl.load(factors_ptr + b), tl.load(factors_ptr + batch + b)
+def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: tl.constexpr, options: tl.constexpr):
+    """What the weighted errors of sample b are divided by, of one plane of the partial sums."""
+    if options.NORMALIZATION == "mean":
+        return elements
+    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, options.PER_SAMPLE, options.BLOCK_TILES) * channels
+    if options.NORMALIZATION == "mean_one":
+        return total + eps * elements
+    else:
+        tl.static_assert(options.NORMALIZATION == "weighted_mean", "unknown normalization")
+        return total + eps
+
+
+@triton.jit
+def factors(partials_ptr, tiles, sample, b, shape, norm, options: tl.constexpr, HAS_PRIOR: tl.constexpr):
+    """Stage 9: the factors (s, r) of sample b, that its weighted errors to target and prior are multiplied by.
+
+    Args:
+        partials_ptr: (PLANES, B, tiles). sample: `Sample`. shape: (B, C, F, H, W). norm: `Normalization`.
+    """
+    batch, channels, frames, height, width = shape
+    if sample.factors_ptr is not None:
+        return tl.load(sample.factors_ptr + b), tl.load(sample.factors_ptr + batch + b)
     samples = 1.0
-    elements = channels * positions.to(tl.float32)
-    if PER_SAMPLE:
+    elements = 1.0 * channels * (frames * height * width)
+    if options.PER_SAMPLE:
         samples = samples * batch
     else:
         elements = elements * batch
-    if NORMALIZATION == MEAN:
-        w_denominator = elements
-    else:
-        sum_w = plane_sum(partials_ptr, b, tiles, batch, SUM_W, PER_SAMPLE, BLOCK_TILES)
-        w_denominator = channels * sum_w + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
-    s = 1.0 / (w_denominator * samples)
-    if HAS_AREA_SCALE:
-        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, PER_SAMPLE, BLOCK_TILES)
-        s = s * power(sum_raw * channels / elements, area_scale_beta)
+    s = 1.0 / (denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_W, options) * samples)
+    if norm.area_scale_beta is not None:
+        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, options.PER_SAMPLE, options.BLOCK_TILES)
+        s = s * power(sum_raw * channels / elements, norm.area_scale_beta)
     r = 0.0
     if HAS_PRIOR:
-        if NORMALIZATION == MEAN:
-            v_denominator = elements
-        else:
-            sum_v = plane_sum(partials_ptr, b, tiles, batch, SUM_V, PER_SAMPLE, BLOCK_TILES)
-            v_denominator = channels * sum_v + (eps * elements if NORMALIZATION == MEAN_ONE else eps)
-        if HAS_PRIOR_WEIGHT:
-            prior_weight = tl.load(prior_weight_ptr + b).to(tl.float32)
-        r = prior_weight / (v_denominator * samples)
-    if HAS_WEIGHTING:
-        weighting = tl.load(weighting_ptr + b).to(tl.float32)
+        prior_weight = sample.prior_weight
+        if sample.prior_weight_ptr is not None:
+            prior_weight = tl.load(sample.prior_weight_ptr + b).to(tl.float32)
+        below = denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_V, options)
+        r = prior_weight / (below * samples)
+    if sample.weighting_ptr is not None:
+        weighting = tl.load(sample.weighting_ptr + b).to(tl.float32)
         s = s * weighting
         r = r * weighting
     return s, r

@@ -6,138 +6,128 @@
 writes the weights where the loss kernel cannot make them again in registers from a mask on its own grid.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.stages import (
-    binarized_and_inverted,
+    Gates,
+    Resampling,
+    StageOptions,
+    Stages,
     gaussian_tap,
-    on_grid_or_resampled,
+    raw_mask,
     sample_gates,
     split_position,
     target_and_prior_weight,
 )
-from masked_loss_triton.kernels.sums import MIN_RAW, SUM_OVERLAP, SUM_RAW, SUM_V, SUM_W, smaller
+from masked_loss_triton.kernels.sums import (
+    MIN_RAW,
+    PLANES,
+    PLANES_WITH_STATS,
+    SUM_OVERLAP,
+    SUM_RAW,
+    SUM_V,
+    SUM_W,
+    smaller,
+)
+
+if TYPE_CHECKING:
+    from masked_loss_triton.call import LossInputs
+    from masked_loss_triton.config import MaskedLossConfig
+
+
+class MaskWeights(NamedTuple):
+    """What the loss kernel needs of the mask: partial sums, and either weight tensors or the mask itself."""
+
+    partials_ptr: torch.Tensor  # (PLANES or PLANES_WITH_STATS, B, tiles) float32
+    ticket_ptr: torch.Tensor  # () int32, set to 0 for the loss kernel that follows
+    w_ptr: torch.Tensor | None  # (B, F or 1, H, W) float32, contiguous; None: made from the mask in registers
+    v_ptr: torch.Tensor | None
+
+
+class Blur(NamedTuple):
+    """The Gaussian of stage 3: tap i, from the middle, is norm * 2 ** (exponent * i * i)."""
+
+    exponent: float
+    norm: float
+
+    @classmethod
+    def of(cls, kernel_size: int) -> Blur:
+        sigma = 0.3 * ((kernel_size - 1) / 2 - 1) + 0.8
+        exponent = -math.log2(math.e) / (2 * sigma**2)
+        return cls(exponent, 1 / math.fsum(2 ** (exponent * (i - kernel_size // 2) ** 2) for i in range(kernel_size)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsOptions(StageOptions):
+    """What the code of the two kernels depends on.
+
+    Args:
+        MODE: how the mask is resampled. FLAT: it is one run of memory on the grid, and is not. WINDOW_H, WINDOW_W: mask values under
+            each position, where they are exact and rows are runs of memory; else 1.
+        DIVISOR: divides the number of positions and the mask's step from sample to sample (operands.py).
+    """
+
+    HAS_PRIOR: bool
+    STATS: bool
+    MODE: str = "area"
+    FLAT: bool = True
+    WINDOW_H: int = 1
+    WINDOW_W: int = 1
+    DIVISOR: int
+    KERNEL_SIZE: int = 1
+    BLOCK: int
 
 
 @triton.jit
-def resample_kernel(
-    mask_ptr,
-    raw_ptr,  # (B or 1, F or 1, H, W) float32, contiguous
-    binarize,
-    frames,
-    height,
-    width,
-    mask_frames,
-    mask_height,
-    mask_width,
-    mask_stride_b,
-    mask_stride_f,
-    mask_stride_h,
-    mask_stride_w,
-    taps_f,
-    taps_h,
-    taps_w,
-    scale_h,
-    scale_w,
-    RESAMPLE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-    FLAT: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HAS_BINARIZE: tl.constexpr,
-    INVERT: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes the raw mask, grid (tiles, B or 1)."""
+def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, options: tl.constexpr):
+    """Writes the raw mask, (B or 1, F or 1, H, W) float32, contiguous; grid (tiles, B or 1)."""
     b = tl.program_id(1).to(tl.int64)
-    positions = frames * height * width // DIVISOR * DIVISOR
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    positions = grid[0] * grid[1] * grid[2] // options.DIVISOR * options.DIVISOR
+    position = tl.program_id(0) * options.BLOCK + tl.arange(0, options.BLOCK)
     valid = position < positions
-    frame, row, column = split_position(position, height, width)
-    m = on_grid_or_resampled(
-        mask_ptr + b * (mask_stride_b * DIVISOR),
-        position,
-        frame,
-        row,
-        column,
-        valid,
-        frames,
-        height,
-        width,
-        mask_frames,
-        mask_height,
-        mask_width,
-        mask_stride_f,
-        mask_stride_h,
-        mask_stride_w,
-        taps_f,
-        taps_h,
-        taps_w,
-        scale_h,
-        scale_w,
-        RESAMPLE,
-        IS_UINT8,
-        FLAT,
-        WINDOW_H,
-        WINDOW_W,
-    )
-    m = binarized_and_inverted(m, binarize, HAS_BINARIZE, INVERT)
+    m = raw_mask(mask_ptr + b * (how.b * options.DIVISOR), position, valid, grid, how, stages, options)
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
 
 
 @triton.jit
+def blurred_mask(raw_ptr, position, valid, grid, blur, KERNEL_SIZE: tl.constexpr):
+    """Stage 3 over height and width of a contiguous raw mask, borders replicated."""
+    frame, row, column = split_position(position, grid[1], grid[2])
+    total = tl.zeros(position.shape, tl.float32)
+    for kh in range(KERNEL_SIZE):
+        tap_row = tl.minimum(tl.maximum(row + kh - KERNEL_SIZE // 2, 0), grid[1] - 1)
+        of_row = tl.zeros(position.shape, tl.float32)
+        for kw in range(KERNEL_SIZE):
+            tap_column = tl.minimum(tl.maximum(column + kw - KERNEL_SIZE // 2, 0), grid[2] - 1)
+            neighbour = (frame * grid[1] + tap_row) * grid[2] + tap_column
+            value = tl.load(raw_ptr + neighbour, mask=valid, other=0.0)
+            of_row += gaussian_tap(kw - KERNEL_SIZE // 2, blur.exponent, blur.norm) * value
+        total += gaussian_tap(kh - KERNEL_SIZE // 2, blur.exponent, blur.norm) * of_row
+    return total
+
+
+@triton.jit
 def weights_kernel(
-    mask_ptr,  # the mask, or under a blur the raw mask
-    prior_gate_ptr,  # (B,)
-    mask_gate_ptr,  # (B,) bool
-    w_ptr,  # (B, F or 1, H, W) float32, contiguous
-    v_ptr,  # (B, F or 1, H, W) float32, contiguous
-    partials_ptr,  # (PLANES, B, TILES) float32
-    ticket_ptr,  # int32, set to 0 for the loss kernel that follows
-    binarize,
-    blur_exponent,
-    blur_norm,
-    gamma,
-    min_weight,
-    prior_threshold,
-    frames,
-    height,
-    width,
-    mask_frames,
-    mask_height,
-    mask_width,
-    mask_stride_b,
-    mask_stride_f,
-    mask_stride_h,
-    mask_stride_w,
-    taps_f,
-    taps_h,
-    taps_w,
-    scale_h,
-    scale_w,
+    mask_ptr,  # the mask, under a blur the raw mask, or None
+    gates,
+    result,  # `MaskWeights`
+    grid,  # (F or 1, H, W) of the weights
+    how,  # `Resampling`, or None without a mask
+    stages,
+    blur,  # `Blur`, or None
     blocks_per_tile,
     repeats,  # frames of the loss for each frame of weights
-    HAS_MASK: tl.constexpr,
-    RESAMPLE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-    HAS_BINARIZE: tl.constexpr,
-    INVERT: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    CLAMP_FLOOR: tl.constexpr,
-    PRIOR_REGION: tl.constexpr,
-    HAS_PRIOR_GATE: tl.constexpr,
-    HAS_MASK_GATE: tl.constexpr,
-    WRITE_W: tl.constexpr,
-    WRITE_V: tl.constexpr,
-    STATS: tl.constexpr,
-    FLAT: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    options: tl.constexpr,
 ):
     """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B). A mask of one frame has weights of one.
 
@@ -146,97 +136,46 @@ def weights_kernel(
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     if (tile == 0) & (b == 0):
-        tl.store(ticket_ptr, 0)
+        tl.store(result.ticket_ptr, 0)
     # Divided and multiplied back: the compiler then knows what divides it, and a mask in one run is read 128 bits at a time.
-    positions = frames * height * width // DIVISOR * DIVISOR
-    prior_gate, mask_gate = sample_gates(prior_gate_ptr, mask_gate_ptr, b, HAS_PRIOR_GATE, HAS_MASK_GATE)
+    positions = grid[0] * grid[1] * grid[2] // options.DIVISOR * options.DIVISOR
+    prior_gate, mask_gate = sample_gates(gates, b)
 
-    sum_w = tl.zeros((BLOCK,), tl.float32)
-    sum_v = tl.zeros((BLOCK,), tl.float32)
-    sum_raw = tl.zeros((BLOCK,), tl.float32)
-    if STATS:
-        sum_overlap = tl.zeros((BLOCK,), tl.float32)
-        min_raw = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_raw = tl.full((BLOCK,), -float("inf"), tl.float32)
-        min_w = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_w = tl.full((BLOCK,), -float("inf"), tl.float32)
-        min_v = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_v = tl.full((BLOCK,), -float("inf"), tl.float32)
+    sum_w = tl.zeros((options.BLOCK,), tl.float32)
+    sum_v = tl.zeros((options.BLOCK,), tl.float32)
+    sum_raw = tl.zeros((options.BLOCK,), tl.float32)
+    if options.STATS:
+        sum_overlap = tl.zeros((options.BLOCK,), tl.float32)
+        min_raw = tl.full((options.BLOCK,), float("inf"), tl.float32)
+        max_raw = tl.full((options.BLOCK,), -float("inf"), tl.float32)
+        min_w = tl.full((options.BLOCK,), float("inf"), tl.float32)
+        max_w = tl.full((options.BLOCK,), -float("inf"), tl.float32)
+        min_v = tl.full((options.BLOCK,), float("inf"), tl.float32)
+        max_v = tl.full((options.BLOCK,), -float("inf"), tl.float32)
 
     for step in range(blocks_per_tile):
-        position = (tile * blocks_per_tile + step) * BLOCK + tl.arange(0, BLOCK)
+        position = (tile * blocks_per_tile + step) * options.BLOCK + tl.arange(0, options.BLOCK)
         valid = position < positions
-        frame, row, column = split_position(position, height, width)
-        if HAS_MASK:
-            if KERNEL_SIZE > 1:
-                sample_ptr = mask_ptr + b * (mask_stride_b * DIVISOR)
-                raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
-                blurred = tl.zeros((BLOCK,), tl.float32)
-                for kh in range(KERNEL_SIZE):
-                    tap_row = tl.minimum(tl.maximum(row + kh - KERNEL_SIZE // 2, 0), height - 1)
-                    of_row = tl.zeros((BLOCK,), tl.float32)
-                    for kw in range(KERNEL_SIZE):
-                        tap_column = tl.minimum(tl.maximum(column + kw - KERNEL_SIZE // 2, 0), width - 1)
-                        neighbour = (frame * height + tap_row) * width + tap_column
-                        value = tl.load(sample_ptr + neighbour, mask=valid, other=0.0)
-                        of_row += gaussian_tap(kw - KERNEL_SIZE // 2, blur_exponent, blur_norm) * value
-                    blurred += gaussian_tap(kh - KERNEL_SIZE // 2, blur_exponent, blur_norm) * of_row
-            else:
-                raw = on_grid_or_resampled(
-                    mask_ptr + b * (mask_stride_b * DIVISOR),
-                    position,
-                    frame,
-                    row,
-                    column,
-                    valid,
-                    frames,
-                    height,
-                    width,
-                    mask_frames,
-                    mask_height,
-                    mask_width,
-                    mask_stride_f,
-                    mask_stride_h,
-                    mask_stride_w,
-                    taps_f,
-                    taps_h,
-                    taps_w,
-                    scale_h,
-                    scale_w,
-                    RESAMPLE,
-                    IS_UINT8,
-                    FLAT,
-                    WINDOW_H,
-                    WINDOW_W,
-                )
-                raw = binarized_and_inverted(raw, binarize, HAS_BINARIZE, INVERT)
-                blurred = raw
-        else:
-            raw = tl.full((BLOCK,), 1.0, tl.float32)
+        if mask_ptr is None:
+            raw = tl.full((options.BLOCK,), 1.0, tl.float32)
             blurred = raw
-        w, v = target_and_prior_weight(
-            raw,
-            blurred,
-            prior_gate,
-            mask_gate,
-            gamma,
-            min_weight,
-            prior_threshold,
-            HAS_GAMMA,
-            CLAMP_FLOOR,
-            PRIOR_REGION,
-            HAS_MASK_GATE,
-        )
-        if HAS_MASK_GATE:
-            raw = tl.where(mask_gate, raw, 1.0)
-        if WRITE_W:
-            tl.store(w_ptr + b * positions + position, w, mask=valid)
-        if WRITE_V:
-            tl.store(v_ptr + b * positions + position, v, mask=valid)
+        elif blur is None:
+            raw = raw_mask(mask_ptr + b * (how.b * options.DIVISOR), position, valid, grid, how, stages, options)
+            blurred = raw
+        else:
+            sample_ptr = mask_ptr + b * (how.b * options.DIVISOR)
+            raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
+            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, options.KERNEL_SIZE)
+        w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, options, options.HAS_PRIOR)
+        raw = tl.where(mask_gate, raw, 1.0)
+        if result.w_ptr is not None:
+            tl.store(result.w_ptr + b * positions + position, w, mask=valid)
+        if result.v_ptr is not None:
+            tl.store(result.v_ptr + b * positions + position, v, mask=valid)
         sum_w += tl.where(valid, w, 0.0)
         sum_v += tl.where(valid, v, 0.0)
         sum_raw += tl.where(valid, raw, 0.0)
-        if STATS:
+        if options.STATS:
             sum_overlap += tl.where(valid, tl.where(w < v, w, v), 0.0)
             min_raw = smaller(min_raw, tl.where(valid, raw, float("inf")))
             max_raw = -smaller(-max_raw, tl.where(valid, -raw, float("inf")))
@@ -247,11 +186,11 @@ def weights_kernel(
 
     tiles = tl.num_programs(0)
     plane = tl.num_programs(1) * tiles
-    partial_ptr = partials_ptr + b * tiles + tile
+    partial_ptr = result.partials_ptr + b * tiles + tile
     tl.store(partial_ptr + SUM_W * plane, tl.sum(sum_w, axis=0) * repeats)
     tl.store(partial_ptr + SUM_V * plane, tl.sum(sum_v, axis=0) * repeats)
     tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0) * repeats)
-    if STATS:
+    if options.STATS:
         tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0) * repeats)
         tl.store(partial_ptr + MIN_RAW * plane, tl.reduce(min_raw, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 1) * plane, -tl.reduce(-max_raw, 0, smaller))
@@ -259,3 +198,151 @@ def weights_kernel(
         tl.store(partial_ptr + (MIN_RAW + 3) * plane, -tl.reduce(-max_w, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 4) * plane, tl.reduce(min_v, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 5) * plane, -tl.reduce(-max_v, 0, smaller))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsLaunch:
+    """Launch configuration of the weights kernel, and of the resampling one before a blur.
+
+    block: 512 positions on 4 warps: four per thread, so that a float32 mask on the grid is read 128 bits at a time.
+    tiles: programs for the batch. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256
+        bytes beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes. A
+        mask that is resampled may weigh more than pred, and gets up to 256.
+    registers: what a thread may use at most: 4 programs are resident on every NVIDIA multiprocessor. Both kernels read a mask,
+        mostly a sixteenth of pred.
+    """
+
+    block: int
+    tiles: int
+    blocks_per_tile: int
+    num_warps: int = 4
+    registers: ClassVar[int] = 128
+
+    @classmethod
+    def choose(cls, positions: int, batch: int, resampled: bool) -> WeightsLaunch:
+        block = 512
+        blocks = ceil_div(positions, block)
+        tiles = min(blocks, max(1, (256 if resampled else 64) // batch))
+        blocks_per_tile = ceil_div(blocks, tiles)
+        return cls(block, ceil_div(blocks, blocks_per_tile), blocks_per_tile)
+
+
+def _resampling(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[Resampling, dict[str, bool | int | str]]:
+    """The numbers of a mask's way to the grid, and the options that go with them."""
+    _, mask_frames, mask_height, mask_width = mask.shape
+    if (mask_height, mask_width) == grid[1:]:
+        mode = "area"  # a window of one: the value itself, also beside a NaN
+    spatial = {"area": None, "nearest": 1, "nearest-exact": 1, "bilinear": 2, "bicubic": 4}[mode]
+    step = 0 if mask.shape[0] == 1 else mask.strides[0]
+    divisor = common_divisor([math.prod(grid), step], 16)
+    window_h, window_w = _windows(mask, grid, mode)
+    numbers = Resampling(
+        frames=mask_frames,
+        height=mask_height,
+        width=mask_width,
+        b=step // divisor,
+        f=mask.strides[1],
+        h=mask.strides[2],
+        w=mask.strides[3],
+        taps_f=_most_taps(mask_frames, grid[0]),
+        taps_h=spatial or _most_taps(mask_height, grid[1]),
+        taps_w=spatial or _most_taps(mask_width, grid[2]),
+        scale_h=mask_height / grid[1],
+        scale_w=mask_width / grid[2],
+    )
+    flat = mask.shape[1:] == grid and mask.position_stride == 1
+    return numbers, dict(MODE=mode, FLAT=flat, WINDOW_H=window_h, WINDOW_W=window_w, DIVISOR=divisor)
+
+
+def _windows(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[int, int]:
+    """The size of the window that each position covers exactly, 1 x 1 where there is none that can be read row by row."""
+    down, down_rest = divmod(mask.shape[2], grid[1])
+    across, across_rest = divmod(mask.shape[3], grid[2])
+    exact = mode == "area" and mask.strides[3] == 1 and (down_rest, across_rest) == (0, 0)
+    return (down, across) if exact and down <= 16 and across in (2, 4, 8, 16) else (1, 1)
+
+
+@functools.cache
+def _most_taps(size_in: int, size_out: int) -> int:
+    """The longest window of an area average, in inputs."""
+    return max(-((i + 1) * size_in // -size_out) - i * size_in // size_out for i in range(size_out))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsPlan:
+    """Everything of the launches that the numbers in the tensors do not change.
+
+    Args:
+        writes: the loss kernel cannot make the weights itself from the mask.
+        shape: of the weights of a sample, (F or 1, H, W).
+        before_blur: arguments of the resampling kernel from `grid` on, or None. arguments: those of the weights kernel.
+    """
+
+    launch: WeightsLaunch
+    writes: bool
+    shape: tuple[int, int, int]
+    before_blur: tuple[object, ...] | None
+    arguments: tuple[object, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_weights(
+    mask: Layout | None,
+    config: MaskedLossConfig,
+    grid: tuple[int, int, int],
+    batch: int,
+    has_prior: bool,
+    stats: bool,
+) -> WeightsPlan:
+    """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew."""
+    # A mask of one frame is made into weights once, and counted for each frame.
+    frames = 1 if mask is None or mask.shape[1] == 1 else grid[0]
+    shape = (frames, *grid[1:])
+    positions = math.prod(shape)
+    blurred = mask is not None and config.blur_kernel_size > 1
+    on_grid = mask is None or (mask.shape[2:] == grid[1:] and mask.shape[1] in (1, grid[0]))
+    launch = WeightsLaunch.choose(positions, batch, mask is not None and mask.shape[2:] != grid[1:])
+    stages = Stages.of(config)
+
+    def options(**more: bool | int | str) -> WeightsOptions:
+        fields = dict(INVERT=config.invert, FLOOR=config.floor, HAS_PRIOR=has_prior, STATS=stats, BLOCK=launch.block)
+        return WeightsOptions(**{**fields, **more})  # type: ignore[arg-type]
+
+    how, blur, before_blur, more = (
+        None,
+        None,
+        None,
+        dict[str, bool | int | str](DIVISOR=common_divisor([positions], 16)),
+    )
+    if mask is not None:
+        how, more = _resampling(mask, shape, config.resample)
+    if mask is not None and blurred:
+        before_blur = (shape, how, stages, options(**more))
+        raw = Layout((mask.shape[0], *shape), (positions, positions // frames, grid[2], 1), torch.float32)
+        how, more = _resampling(raw, shape, config.resample)
+        more |= dict(KERNEL_SIZE=config.blur_kernel_size)
+        blur = Blur.of(config.blur_kernel_size)
+    arguments = (shape, how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
+    return WeightsPlan(launch, not on_grid or blurred, shape, before_blur, arguments)
+
+
+def launch_weights(call: LossInputs, gates: Gates, config: MaskedLossConfig, stats: bool = False) -> MaskWeights:
+    """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""
+    mask, batch, device = call.mask, call.pred.shape[0], call.pred.device
+    has_prior = call.prior is not None
+    plan = plan_weights(Layout.of(mask), config, call.grid, batch, has_prior, stats)
+    tiles, num_warps = plan.launch.tiles, plan.launch.num_warps
+    planes, shape = PLANES_WITH_STATS if stats else PLANES, (batch, *plan.shape)
+    result = MaskWeights(
+        torch.empty((planes, batch, tiles), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.int32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes else None,
+        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes and has_prior else None,
+    )
+    if mask is not None and plan.before_blur is not None:
+        raw = torch.empty((mask.shape[0], *plan.shape), dtype=torch.float32, device=device)
+        size = (ceil_div(math.prod(plan.shape), plan.launch.block), mask.shape[0])
+        resample_kernel[size](mask, raw, *plan.before_blur, num_warps=num_warps)
+        mask = raw
+    weights_kernel[(tiles, batch)](mask, gates, result, *plan.arguments, num_warps=num_warps)
+    return result

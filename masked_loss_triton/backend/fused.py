@@ -13,39 +13,38 @@ from typing import Any
 
 import torch
 
-from masked_loss_triton.backend import distinct, refuse_second_derivative
+from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.kernels.launch_loss import launch_loss, launch_scale
-from masked_loss_triton.kernels.launch_weights import launch_weights
+from masked_loss_triton.kernels.loss import launch_loss
+from masked_loss_triton.kernels.scale import launch_scale
+from masked_loss_triton.kernels.stages import Gates
 from masked_loss_triton.kernels.sums import STATS
+from masked_loss_triton.kernels.weights import launch_weights
 from masked_loss_triton.stats import MaskedLossStats
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, stats, gradient
 
 
 def loss(
     inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
 ) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
-    tensors = [
-        inputs.pred,
-        inputs.target,
-        inputs.latents,
-        inputs.prior,
-        inputs.mask,
-        _contiguous(inputs.weighting),
-        _contiguous(inputs.prior_weight) if isinstance(inputs.prior_weight, torch.Tensor) else None,
-        _contiguous(inputs.prior_gate),
-        _contiguous(inputs.mask_gate),
-    ]
-    number = 0.0 if isinstance(inputs.prior_weight, torch.Tensor) else inputs.prior_weight
-    options = (inputs.flow_sign, number, config.to_text(), return_stats)
-    with torch.no_grad():
-        factors = _exchanged_factors(inputs, config, tensors) if needs_exchange(inputs) else None
-    if torch.is_grad_enabled() and inputs.pred.requires_grad:
-        total, numbers = FusedLoss.apply(*distinct(tensors), factors, *options)
+    plain = _is_plain(inputs.pred)
+    factors = None
+    if needs_exchange(inputs):
+        with torch.no_grad():
+            sums = _sums(inputs, config) if plain else OPERATORS.sums(*_flat(inputs, None), config.to_text())
+            factors = torch.stack(loss_factors(sums[0], sums[1], sums[2], inputs, config)).contiguous()
+    grad = torch.is_grad_enabled() and inputs.pred.requires_grad
+    if not plain:
+        write = grad and _writes_gradient(inputs.pred)
+        total, numbers, _ = OPERATORS.forward(*_flat(inputs, factors), config.to_text(), return_stats, write)
+    elif grad:
+        total, numbers = FusedLoss.apply(inputs.pred, inputs, factors, config, return_stats)
     else:
-        total, numbers, _ = _run("forward", *tensors, factors, *options, False)
+        total, numbers, _ = run(inputs, factors, config, stats=return_stats, write_gradient=False)
     return total, MaskedLossStats(*numbers.unbind()) if return_stats else None
 
 
@@ -53,43 +52,78 @@ class FusedLoss(torch.autograd.Function):
     """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any):
-        *tensors, flow_sign, prior_weight, config, stats = arguments
-        # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
-        now = tensors[0].dtype != torch.float16
-        total, numbers, gradient = _run("forward", *tensors, flow_sign, prior_weight, config, stats, now)
-        ctx.options = flow_sign, prior_weight, config
-        # A plain gradient is no saved tensor: the backward scales it in place and gives it away, once.
-        plain = _is_plain(gradient)
-        ctx.gradient = gradient if now and plain else None
-        ctx.save_for_backward(gradient if now and not plain else None, *tensors)
+    def forward(
+        ctx: Any,
+        pred: torch.Tensor,
+        inputs: LossInputs,
+        factors: torch.Tensor | None,
+        config: MaskedLossConfig,
+        stats: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        write = _writes_gradient(pred)
+        total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write)
+        # No saved tensor: the backward scales it in place and gives it away, once.
+        ctx.gradient = gradient if write else None
+        *tensors, ctx.flow_sign, ctx.prior_weight = _flat(inputs, factors)
+        ctx.config = config
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return total, numbers
 
     @staticmethod
-    def backward(ctx: Any, grad_output, _numbers):
+    def backward(ctx: Any, grad_output: torch.Tensor, _numbers: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        saved, *tensors = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # refuses where one of them was changed, or freed
         gradient, ctx.gradient = ctx.gradient, None
-        if saved is not None:
-            gradient = _run("scale", saved, grad_output)
-        elif gradient is None:
-            gradient = _run("gradient", *tensors, grad_output, *ctx.options)
+        if gradient is None:
+            inputs, factors = _call(*tensors, ctx.flow_sign, ctx.prior_weight)
+            gradient = run(inputs, factors, ctx.config, grad_output=grad_output)[2]
         else:
             with _on_device(gradient):
                 launch_scale(gradient, grad_output)
-        return gradient, *([None] * 13)
+        return gradient, None, None, None, None
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def run(
+    inputs: LossInputs,
+    factors: torch.Tensor | None,
+    config: MaskedLossConfig,
+    *,
+    stats: bool = False,
+    grad_output: torch.Tensor | None = None,
+    write_gradient: bool = True,
+) -> Outputs:
+    """The weights, then the loss; see `launch_loss` for the arguments."""
+    gates = Gates.of(inputs)
+    with _on_device(inputs.pred):
+        weights = launch_weights(inputs, gates, config, stats)
+        return launch_loss(
+            inputs,
+            weights,
+            gates,
+            config,
+            factors,
+            grad_output=grad_output,
+            write_gradient=write_gradient,
+            stats=stats,
+        )
 
 
-@functools.lru_cache(maxsize=64)
-def _from_text(text: str) -> MaskedLossConfig:
-    """A config as it crossed the border of an operator, which takes only tensors, numbers and text."""
-    return MaskedLossConfig(**json.loads(text))
+def _sums(inputs: LossInputs, config: MaskedLossConfig) -> torch.Tensor:
+    """(3, B): the sums of w, v and the raw mask over the positions of each sample."""
+    with _on_device(inputs.pred):
+        return launch_weights(inputs, Gates.of(inputs), config).partials_ptr.sum(dim=2)
+
+
+def _writes_gradient(pred: torch.Tensor) -> bool:
+    """float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward."""
+    return pred.dtype != torch.float16
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """False where somebody traces or fakes the computation, and kernels cannot be started."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -99,117 +133,88 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _exchanged_factors(inputs: LossInputs, config: MaskedLossConfig, tensors: list[Any]) -> torch.Tensor:
-    """(2, B): the factors, from denominators that span more than this batch."""
-    _, _, _, prior, mask, _, _, prior_gate, mask_gate = tensors
-    shape = [inputs.batch, *inputs.grid]
-    sums = _run("sums", inputs.pred, mask, prior_gate, mask_gate, shape, prior is not None, config.to_text())
-    return torch.stack(loss_factors(sums[0], sums[1], sums[2], inputs, config)).contiguous()
+# The operators, for whoever traces or fakes. A plain call goes past them: the dispatcher would double the host time of a launch.
+# Only tensors, numbers and text cross their border.
+
+OPERATORS = torch.ops.masked_loss_triton
+_TENSORS = ("pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate")
+_SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in _TENSORS)
+_SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight"
+_SIZE = len(_TENSORS) + 2  # tensors at the front of an operator's arguments
 
 
-# The operators. A plain call goes straight to the implementation: the dispatcher would double the host time of a launch.
-
-_TENSORS = (
-    "Tensor pred, Tensor target, Tensor? latents, Tensor? prior, Tensor? mask, Tensor? weighting, Tensor? prior_weights, "
-    "Tensor? prior_gate, Tensor? mask_gate, Tensor? factors"
-)
-_OPTIONS = "int flow_sign, float prior_weight, str config"
-SCHEMAS = {
-    "forward": f"({_TENSORS}, {_OPTIONS}, bool stats, bool write_gradient) -> (Tensor, Tensor, Tensor)",
-    "gradient": f"({_TENSORS}, Tensor grad_output, {_OPTIONS}) -> Tensor",
-    "sums": "(Tensor like, Tensor? mask, Tensor? prior_gate, Tensor? mask_gate, int[] shape, bool has_prior, str config) -> Tensor",
-    "scale": "(Tensor gradient, Tensor grad_output) -> Tensor",
-}
+def _flat(inputs: LossInputs, factors: torch.Tensor | None) -> tuple[Any, ...]:
+    """What an operator takes of a call: all tensors, then the numbers."""
+    tensors = [getattr(inputs, name) for name in _TENSORS]
+    if isinstance(inputs.prior_weight, torch.Tensor):
+        return *tensors, inputs.prior_weight, factors, inputs.flow_sign, 0.0
+    return *tensors, None, factors, inputs.flow_sign, inputs.prior_weight
 
 
-def _run(name: str, *arguments: Any) -> Any:
-    if _is_plain(arguments[0]):
-        return _IMPLEMENTATIONS[name](*arguments)
-    return getattr(torch.ops.masked_loss_triton, name)(*arguments)
+def _call(*flat: Any) -> tuple[LossInputs, torch.Tensor | None]:
+    """The inverse of `_flat`."""
+    *tensors, prior_weights, factors, flow_sign, number = flat
+    named = dict(zip(_TENSORS, tensors, strict=True))
+    prior_weight = number if prior_weights is None else prior_weights
+    numbers = dict(flow_sign=flow_sign, prior_weight=prior_weight, normalizer=None, process_group=None)
+    return LossInputs(**named, **numbers), factors
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """False where somebody traces or fakes the computation, and kernels cannot be started."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+@functools.lru_cache(maxsize=64)
+def _config(text: str) -> MaskedLossConfig:
+    return MaskedLossConfig(**json.loads(text))
 
 
-def _weights(mask, prior_gate, mask_gate, shape, device, has_prior: bool, text: str, stats: bool = False):
-    batch, *grid = shape
-    return launch_weights(
-        mask,
-        _from_text(text),
-        tuple(grid),
-        batch,
-        device,
-        has_prior=has_prior,
-        prior_gate=prior_gate,
-        mask_gate=mask_gate,
-        stats=stats,
-    )
-
-
-def _launch(tensors, options, stats: bool = False, **how: Any):
-    pred, target, latents, prior, mask, weighting, prior_weights, prior_gate, mask_gate, factors = tensors
-    flow_sign, prior_weight, text = options
-    shape = (pred.shape[0], *pred.shape[2:])
-    with _on_device(pred):
-        weights = _weights(mask, prior_gate, mask_gate, shape, pred.device, prior is not None, text, stats)
-        return launch_loss(
-            pred,
-            target,
-            latents,
-            prior,
-            mask,
-            weights,
-            _from_text(text),
-            flow_sign=flow_sign,
-            weighting=weighting,
-            prior_weight=prior_weight if prior_weights is None else prior_weights,
-            prior_gate=prior_gate,
-            mask_gate=mask_gate,
-            factors=factors,
-            stats=stats,
-            **how,
-        )
-
-
-def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *tensors, flow_sign, prior_weight, config, stats, write_gradient = arguments
-    return _launch(tensors, (flow_sign, prior_weight, config), stats, write_gradient=write_gradient)
-
-
-def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pred, write_gradient = arguments[0], arguments[-1]
-    total, numbers = (pred.new_empty(shape, dtype=torch.float32) for shape in ((), (STATS,)))
-    return total, numbers, torch.empty_like(pred) if write_gradient else pred.new_empty(0)
+def _forward(*arguments: Any) -> Outputs:
+    *flat, text, stats, write_gradient = arguments
+    return run(*_call(*flat), _config(text), stats=stats, write_gradient=write_gradient)
 
 
 def _gradient(*arguments: Any) -> torch.Tensor:
-    *tensors, grad_output, flow_sign, prior_weight, config = arguments
-    return _launch(tensors, (flow_sign, prior_weight, config), grad_output=grad_output, write_loss=False)[2]
+    *flat, text, grad_output = arguments
+    return run(*_call(*flat), _config(text), grad_output=grad_output)[2]
 
 
-def _sums(like, mask, prior_gate, mask_gate, shape, has_prior, config) -> torch.Tensor:
-    with _on_device(like):
-        weights = _weights(mask, prior_gate, mask_gate, shape, like.device, has_prior, config)
-    return weights.partials.sum(dim=2)
+def _sums_operator(*arguments: Any) -> torch.Tensor:
+    *flat, text = arguments
+    return _sums(_call(*flat)[0], _config(text))
 
 
-def _scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    scaled = gradient.clone()
-    with _on_device(gradient):
-        launch_scale(scaled, grad_output)
-    return scaled
+def _fake_forward(pred: torch.Tensor, *rest: Any) -> Outputs:
+    *_, stats, write_gradient = rest
+    total, numbers = (pred.new_empty(size, dtype=torch.float32) for size in ((), STATS if stats else 0))
+    return total, numbers, torch.empty_like(pred) if write_gradient else pred.new_empty(0)
 
 
-_IMPLEMENTATIONS = {"forward": _forward, "gradient": _gradient, "sums": _sums, "scale": _scale}
-_FAKES = {
-    "forward": _forward_fake,
-    "gradient": lambda pred, *_: torch.empty_like(pred),
-    "sums": lambda like, mask, prior_gate, mask_gate, shape, *_: like.new_empty((3, shape[0]), dtype=torch.float32),
-    "scale": lambda gradient, _: torch.empty_like(gradient),
-}
-for _name, _schema in SCHEMAS.items():
-    torch.library.custom_op(
-        f"masked_loss_triton::{_name}", _IMPLEMENTATIONS[_name], mutates_args=(), schema=_schema
-    ).register_fake(_FAKES[_name])  # type: ignore[arg-type]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    _, numbers, gradient = output
+    *flat, text, _, ctx.wrote = inputs
+    ctx.options = (*flat[_SIZE:], text)
+    ctx.save_for_backward(*((gradient,) if ctx.wrote else flat[:_SIZE]))
+    ctx.mark_non_differentiable(numbers, gradient)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+    refuse_second_derivative()
+    if ctx.wrote:  # a product that the compiler may fuse with what comes next
+        (gradient,) = ctx.saved_tensors
+        gradient = (gradient.float() * grad_output).to(gradient.dtype)
+    else:
+        gradient = OPERATORS.gradient(*ctx.saved_tensors, *ctx.options, grad_output)
+    return gradient, *[None] * (_SIZE + len(ctx.options) + 1)
+
+
+def _operator(name: str, implementation: Any, fake: Any, schema: str) -> Any:
+    operator = torch.library.custom_op(
+        f"masked_loss_triton::{name}", implementation, mutates_args=(), schema=f"({_SCHEMA}, str config{schema}"
+    )
+    operator.register_fake(fake)
+    return operator
+
+
+_operator("gradient", _gradient, lambda pred, *_: torch.empty_like(pred), ", Tensor grad_output) -> Tensor")
+_operator("sums", _sums_operator, lambda pred, *_: pred.new_empty((3, len(pred)), dtype=torch.float32), ") -> Tensor")
+_operator(
+    "forward", _forward, _fake_forward, ", bool stats, bool write_gradient) -> (Tensor, Tensor, Tensor)"
+).register_autograd(_backward, setup_context=_save)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
-from masked_loss_triton.kernels import launch_loss
+from masked_loss_triton.kernels import loss as loss_kernels
 
 CANARY = 12345.0
 MARGIN = 64
@@ -60,7 +60,7 @@ def test_nothing_around_the_gradient_is_written(device, positions, channels, mon
     pred, target = (torch.randn(2, channels, 1, 1, positions, device=device) for _ in range(2))
     leaf = pred.requires_grad_()
     with monkeypatch.context() as patched:
-        patched.setattr(launch_loss.torch, "empty_like", between_canaries)
+        patched.setattr(loss_kernels.torch, "empty_like", between_canaries)
         loss = masked_loss(leaf, target, torch.rand(2, 1, positions, device=device), backend="triton")
         (gradient,) = torch.autograd.grad(loss * 3, leaf)
     assert len(buffers) == 1

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from bench.budgets import REGISTERS
 from bench.cases import build
 from bench.variants import TARGETS, VARIANTS
-from masked_loss_triton.kernels.launch_loss import LossLaunch
+from masked_loss_triton.kernels.loss import LossLaunch
 
 # The subset that fits into two minutes; `python -m bench.compiled` and `python -m bench.gate` do all variants on all targets.
 CHECKED = ("main", "prior", "prior bf16", "flow", "26x38", "pixels uint8 bf16")

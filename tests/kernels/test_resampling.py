@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, mask_weights, masked_loss
 from masked_loss_triton.backend.layout import Layout
-from masked_loss_triton.kernels.launch_weights import plan_weights
+from masked_loss_triton.kernels.weights import plan_weights
 
 
 def masks(shape, dtype, device):
@@ -77,8 +77,8 @@ def test_one_frame_for_many(device, size, blur, dtype):
 
 def test_one_frame_for_many_allocates_one_frame_of_weights():
     layout = Layout((1, 1, 480, 832), (480 * 832, 480 * 832, 832, 1), torch.float32)
-    plan = plan_weights(layout, MaskedLossConfig(), (21, 60, 104), 1, False, False, False, False)
-    assert (plan.frames, plan.writes_w) == (1, True)
+    plan = plan_weights(layout, MaskedLossConfig(), (21, 60, 104), 1, False, False)
+    assert (plan.shape[0], plan.writes) == (1, True)
     assert plan.launch.tiles * plan.launch.blocks_per_tile * plan.launch.block < 60 * 104 + plan.launch.block
 
 
