@@ -97,84 +97,86 @@ def loss_kernel(
     delta,
     stages,
     normalization,
-    options: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
+    VECTOR: tl.constexpr = OPTIONS.VECTOR
+    CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
     batch, channels, frames, height, width = shape
     b = tl.program_id(2)
     grid_positions = frames * height * width
-    positions = grid_positions * options.FOLD // options.DIVISOR * options.DIVISOR
-    position = tl.program_id(0) * options.BLOCK_P + tl.arange(0, options.BLOCK_P)[None, :]
+    positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
+    position = tl.program_id(0) * OPTIONS.BLOCK_P + tl.arange(0, OPTIONS.BLOCK_P)[None, :]
     inside = position < positions
     cell = position
-    if options.FOLD == 2:
+    if OPTIONS.FOLD == 2:
         cell = tl.where(position < grid_positions, position, position - grid_positions)
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, options.CELL_VECTOR)), (1, options.CELL_VECTOR))
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     frame, row, column = split_position(cell, height, width)
     # Products with strides: 64-bit where a tensor spans 2^31 elements.
-    cell = cell.to(options.OFFSET)
-    at = (frame.to(options.OFFSET), row.to(options.OFFSET), column.to(options.OFFSET))
+    cell = cell.to(OPTIONS.OFFSET)
+    at = (frame.to(OPTIONS.OFFSET), row.to(OPTIONS.OFFSET), column.to(OPTIONS.OFFSET))
     # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
     # use half of its sectors.
-    position = tl.max_contiguous(position, (1, options.VECTOR)).to(options.OFFSET)
+    position = tl.max_contiguous(position, (1, VECTOR)).to(OPTIONS.OFFSET)
 
-    s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, options, prior is not None)
+    s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
     if grad_output_ptr is not None:
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
         s = s * grad_output
         r = r * grad_output
 
     weight_positions = grid_positions
-    if options.ONE_FRAME:
+    if OPTIONS.ONE_FRAME:
         weight_positions = height * width
         cell = cell % weight_positions
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, options.CELL_VECTOR)), (1, options.CELL_VECTOR))
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     if weights.w_ptr is not None:
-        weight_offsets = b.to(tl.int64) * (weight_positions // options.CELL_VECTOR * options.CELL_VECTOR) + cell
+        weight_offsets = b.to(tl.int64) * (weight_positions // CELL_VECTOR * CELL_VECTOR) + cell
         w = tl.load(weights.w_ptr + weight_offsets, mask=inside, other=0.0)
         v = tl.zeros_like(w)
         if weights.v_ptr is not None:
             v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
     else:
-        m = tl.full((1, options.BLOCK_P), 1.0, tl.float32)
+        m = tl.full((1, OPTIONS.BLOCK_P), 1.0, tl.float32)
         if mask is not None:
-            start = b.to(tl.int64) * (mask.b * options.MASK_DIVISOR)
-            if options.MASK_FLAT:
+            start = b.to(tl.int64) * (mask.b * OPTIONS.MASK_DIVISOR)
+            if OPTIONS.MASK_FLAT:
                 mask_offsets = start + cell
             else:
                 mask_offsets = start + at[0] * mask.f + at[1] * mask.h + at[2] * mask.w
             m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
-            m = binarized_and_inverted(m, stages, options)
+            m = binarized_and_inverted(m, stages, OPTIONS)
         prior_gate, mask_gate = sample_gates(gates, b)
-        w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, options, prior is not None)
+        w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, OPTIONS, prior is not None)
     target_weight, prior_weight = s * w, r * v
 
     # One sum per position: the channels of a block are added in the thread that holds them, and a sum per element would take four
     # times the registers.
-    target_sum = tl.zeros((options.BLOCK_P,), tl.float32)
-    prior_sum = tl.zeros((options.BLOCK_P,), tl.float32)
-    first_channel = tl.program_id(1) * (options.CHANNEL_BLOCKS * options.BLOCK_C)
-    for step in range(options.CHANNEL_BLOCKS):
-        channel = first_channel + step * options.BLOCK_C + tl.arange(0, options.BLOCK_C)[:, None]
-        valid = inside & (channel < channels // options.FOLD)
-        channel = channel.to(options.OFFSET)
-        p = tl.load(pred.ptr + offsets_of(pred, b, channel, at, position, options), mask=valid, other=0.0)
-        t = tl.load(target.ptr + offsets_of(target, b, channel, at, position, options), mask=valid, other=0.0)
+    target_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
+    prior_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
+    first_channel = tl.program_id(1) * (OPTIONS.CHANNEL_BLOCKS * OPTIONS.BLOCK_C)
+    for step in range(OPTIONS.CHANNEL_BLOCKS):
+        channel = first_channel + step * OPTIONS.BLOCK_C + tl.arange(0, OPTIONS.BLOCK_C)[:, None]
+        valid = inside & (channel < channels // OPTIONS.FOLD)
+        channel = channel.to(OPTIONS.OFFSET)
+        p = tl.load(pred.ptr + offsets_of(pred, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
+        t = tl.load(target.ptr + offsets_of(target, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
         p, t = p.to(tl.float32), t.to(tl.float32)
         if latents is not None:
-            x = tl.load(latents.ptr + offsets_of(latents, b, channel, at, position, options), mask=valid, other=0.0)
+            x = tl.load(latents.ptr + offsets_of(latents, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
-        error, slope = error_and_slope(p - t, delta, options.LOSS_TYPE)
+        error, slope = error_and_slope(p - t, delta, OPTIONS.LOSS_TYPE)
         target_sum += tl.sum(target_weight * error, axis=0)
         value = target_weight * slope
         if prior is not None:
-            q = tl.load(prior.ptr + offsets_of(prior, b, channel, at, position, options), mask=valid, other=0.0)
-            error, slope = error_and_slope(p - q.to(tl.float32), delta, options.LOSS_TYPE)
+            q = tl.load(prior.ptr + offsets_of(prior, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
+            error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS.LOSS_TYPE)
             prior_sum += tl.sum(prior_weight * error, axis=0)
             value += prior_weight * slope
         if gradient is not None:
             value = value.to(gradient.ptr.dtype.element_ty)
-            tl.store(gradient.ptr + offsets_of(gradient, b, channel, at, position, options), value, mask=valid)
+            tl.store(gradient.ptr + offsets_of(gradient, b, channel, at, position, OPTIONS), value, mask=valid)
 
     if out is not None:
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
@@ -193,7 +195,7 @@ def loss_kernel(
                 tl.store(out.stats_ptr + 1, target_term)
                 tl.store(out.stats_ptr + 2, prior_term)
                 count = 1.0 * batch * grid_positions
-                write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, count, options.BLOCK_TILES)
+                write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, count, OPTIONS.BLOCK_TILES)
                 tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
 
 

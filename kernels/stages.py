@@ -220,24 +220,24 @@ def averaged(mask_ptr, at, valid, grid, how, WINDOW_H: tl.constexpr, WINDOW_W: t
 
 
 @triton.jit
-def raw_mask(mask_ptr, position, valid, grid, how, stages, options: tl.constexpr):
+def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr):
     """Stages 0 to 2 by the shortest way: FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
     at = split_position(position, grid[1], grid[2])
-    if options.FLAT:
+    if OPTIONS.FLAT:
         m = read(tl.load(mask_ptr + position, mask=valid, other=0))
-    elif options.WINDOW_W > 1:
-        m = averaged(mask_ptr, at, valid, grid, how, options.WINDOW_H, options.WINDOW_W)
+    elif OPTIONS.WINDOW_W > 1:
+        m = averaged(mask_ptr, at, valid, grid, how, OPTIONS.WINDOW_H, OPTIONS.WINDOW_W)
     else:
-        m = resampled(mask_ptr, at, valid, grid, how, options.MODE)
-    return binarized_and_inverted(m, stages, options)
+        m = resampled(mask_ptr, at, valid, grid, how, OPTIONS.MODE)
+    return binarized_and_inverted(m, stages, OPTIONS)
 
 
 @triton.jit
-def binarized_and_inverted(m, stages, options: tl.constexpr):
+def binarized_and_inverted(m, stages, OPTIONS: tl.constexpr):
     """The end of stage 1, and stage 2."""
     if stages.binarize is not None:
         m = tl.where(m > stages.binarize, 1.0, 0.0)
-    if options.INVERT:
+    if OPTIONS.INVERT:
         m = 1.0 - m
     return m
 
@@ -257,17 +257,17 @@ def power(x, exponent):
 
 @triton.jit
 def target_and_prior_weight(
-    raw, blurred, prior_gate, mask_gate, stages, options: tl.constexpr, HAS_PRIOR: tl.constexpr
+    raw, blurred, prior_gate, mask_gate, stages, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr
 ):
     """Stages 4 to 7, the snap before them included: (w, v)."""
     w = tl.where(blurred <= SNAP, 0.0, blurred)
     w = tl.where(w >= 1.0 - SNAP, 1.0, w)
     if stages.gamma is not None:
         w = power(w, stages.gamma)
-    if options.FLOOR == "affine":
+    if OPTIONS.FLOOR == "affine":
         w = w * (1.0 - stages.min_weight) + stages.min_weight
     else:
-        tl.static_assert(options.FLOOR == "clamp", "unknown floor")
+        tl.static_assert(OPTIONS.FLOOR == "clamp", "unknown floor")
         w = tl.where(w < stages.min_weight, stages.min_weight, w)
     v = tl.zeros_like(w)
     if HAS_PRIOR:

@@ -81,20 +81,20 @@ def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, PER_SAMPLE: tl
 
 
 @triton.jit
-def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: tl.constexpr, options: tl.constexpr):
+def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """What the weighted errors of sample b are divided by, of one plane of the partial sums."""
-    if options.NORMALIZATION == "mean":
+    if OPTIONS.NORMALIZATION == "mean":
         return elements
-    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, options.PER_SAMPLE, options.BLOCK_TILES) * channels
-    if options.NORMALIZATION == "mean_one":
+    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS.PER_SAMPLE, OPTIONS.BLOCK_TILES) * channels
+    if OPTIONS.NORMALIZATION == "mean_one":
         return total + eps * elements
     else:
-        tl.static_assert(options.NORMALIZATION == "weighted_mean", "unknown normalization")
+        tl.static_assert(OPTIONS.NORMALIZATION == "weighted_mean", "unknown normalization")
         return total + eps
 
 
 @triton.jit
-def factors(partials_ptr, tiles, sample, b, shape, norm, options: tl.constexpr, HAS_PRIOR: tl.constexpr):
+def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr):
     """Stage 9: the factors (s, r) of sample b, that its weighted errors to target and prior are multiplied by.
 
     Args:
@@ -105,20 +105,20 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, options: tl.constexpr, 
         return tl.load(sample.factors_ptr + b), tl.load(sample.factors_ptr + batch + b)
     samples = 1.0
     elements = 1.0 * channels * (frames * height * width)
-    if options.PER_SAMPLE:
+    if OPTIONS.PER_SAMPLE:
         samples = samples * batch
     else:
         elements = elements * batch
-    s = 1.0 / (denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_W, options) * samples)
+    s = 1.0 / (denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_W, OPTIONS) * samples)
     if norm.area_scale_beta is not None:
-        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, options.PER_SAMPLE, options.BLOCK_TILES)
+        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, OPTIONS.PER_SAMPLE, OPTIONS.BLOCK_TILES)
         s = s * power(sum_raw * channels / elements, norm.area_scale_beta)
     r = 0.0
     if HAS_PRIOR:
         prior_weight = sample.prior_weight
         if sample.prior_weight_ptr is not None:
             prior_weight = tl.load(sample.prior_weight_ptr + b).to(tl.float32)
-        below = denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_V, options)
+        below = denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_V, OPTIONS)
         r = prior_weight / (below * samples)
     if sample.weighting_ptr is not None:
         weighting = tl.load(sample.weighting_ptr + b).to(tl.float32)

@@ -72,8 +72,8 @@ class WeightsOptions(StageOptions):
     """What the code of the two kernels depends on.
 
     Args:
-        MODE: how the mask is resampled. FLAT: it is one run of memory on the grid, and is not. WINDOW_H, WINDOW_W: mask values under
-            each position, where they are exact and rows are runs of memory; else 1.
+        MODE: how the mask is resampled. FLAT: it is one run of memory on the grid, and is not.
+        WINDOW_H, WINDOW_W: mask values under each position, where they are exact and rows are runs of memory; else 1.
         DIVISOR: divides the number of positions and the mask's step from sample to sample (operands.py).
     """
 
@@ -89,13 +89,13 @@ class WeightsOptions(StageOptions):
 
 
 @triton.jit
-def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, options: tl.constexpr):
+def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, OPTIONS: tl.constexpr):
     """Writes the raw mask, (B or 1, F or 1, H, W) float32, contiguous; grid (tiles, B or 1)."""
     b = tl.program_id(1).to(tl.int64)
-    positions = grid[0] * grid[1] * grid[2] // options.DIVISOR * options.DIVISOR
-    position = tl.program_id(0) * options.BLOCK + tl.arange(0, options.BLOCK)
+    positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
+    position = tl.program_id(0) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
     valid = position < positions
-    m = raw_mask(mask_ptr + b * (how.b * options.DIVISOR), position, valid, grid, how, stages, options)
+    m = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
 
 
@@ -127,7 +127,7 @@ def weights_kernel(
     blur,  # `Blur`, or None
     blocks_per_tile,
     repeats,  # frames of the loss for each frame of weights
-    options: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B). A mask of one frame has weights of one.
 
@@ -138,35 +138,35 @@ def weights_kernel(
     if (tile == 0) & (b == 0):
         tl.store(result.ticket_ptr, 0)
     # Divided and multiplied back: the compiler then knows what divides it, and a mask in one run is read 128 bits at a time.
-    positions = grid[0] * grid[1] * grid[2] // options.DIVISOR * options.DIVISOR
+    positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     prior_gate, mask_gate = sample_gates(gates, b)
 
-    sum_w = tl.zeros((options.BLOCK,), tl.float32)
-    sum_v = tl.zeros((options.BLOCK,), tl.float32)
-    sum_raw = tl.zeros((options.BLOCK,), tl.float32)
-    if options.STATS:
-        sum_overlap = tl.zeros((options.BLOCK,), tl.float32)
-        min_raw = tl.full((options.BLOCK,), float("inf"), tl.float32)
-        max_raw = tl.full((options.BLOCK,), -float("inf"), tl.float32)
-        min_w = tl.full((options.BLOCK,), float("inf"), tl.float32)
-        max_w = tl.full((options.BLOCK,), -float("inf"), tl.float32)
-        min_v = tl.full((options.BLOCK,), float("inf"), tl.float32)
-        max_v = tl.full((options.BLOCK,), -float("inf"), tl.float32)
+    sum_w = tl.zeros((OPTIONS.BLOCK,), tl.float32)
+    sum_v = tl.zeros((OPTIONS.BLOCK,), tl.float32)
+    sum_raw = tl.zeros((OPTIONS.BLOCK,), tl.float32)
+    if OPTIONS.STATS:
+        sum_overlap = tl.zeros((OPTIONS.BLOCK,), tl.float32)
+        min_raw = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
+        max_raw = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
+        min_w = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
+        max_w = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
+        min_v = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
+        max_v = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
 
     for step in range(blocks_per_tile):
-        position = (tile * blocks_per_tile + step) * options.BLOCK + tl.arange(0, options.BLOCK)
+        position = (tile * blocks_per_tile + step) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
         valid = position < positions
         if mask_ptr is None:
-            raw = tl.full((options.BLOCK,), 1.0, tl.float32)
+            raw = tl.full((OPTIONS.BLOCK,), 1.0, tl.float32)
             blurred = raw
         elif blur is None:
-            raw = raw_mask(mask_ptr + b * (how.b * options.DIVISOR), position, valid, grid, how, stages, options)
+            raw = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
             blurred = raw
         else:
-            sample_ptr = mask_ptr + b * (how.b * options.DIVISOR)
+            sample_ptr = mask_ptr + b * (how.b * OPTIONS.DIVISOR)
             raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
-            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, options.KERNEL_SIZE)
-        w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, options, options.HAS_PRIOR)
+            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS.KERNEL_SIZE)
+        w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, OPTIONS.HAS_PRIOR)
         raw = tl.where(mask_gate, raw, 1.0)
         if result.w_ptr is not None:
             tl.store(result.w_ptr + b * positions + position, w, mask=valid)
@@ -175,7 +175,7 @@ def weights_kernel(
         sum_w += tl.where(valid, w, 0.0)
         sum_v += tl.where(valid, v, 0.0)
         sum_raw += tl.where(valid, raw, 0.0)
-        if options.STATS:
+        if OPTIONS.STATS:
             sum_overlap += tl.where(valid, tl.where(w < v, w, v), 0.0)
             min_raw = smaller(min_raw, tl.where(valid, raw, float("inf")))
             max_raw = -smaller(-max_raw, tl.where(valid, -raw, float("inf")))
@@ -190,7 +190,7 @@ def weights_kernel(
     tl.store(partial_ptr + SUM_W * plane, tl.sum(sum_w, axis=0) * repeats)
     tl.store(partial_ptr + SUM_V * plane, tl.sum(sum_v, axis=0) * repeats)
     tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0) * repeats)
-    if options.STATS:
+    if OPTIONS.STATS:
         tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0) * repeats)
         tl.store(partial_ptr + MIN_RAW * plane, tl.reduce(min_raw, 0, smaller))
         tl.store(partial_ptr + (MIN_RAW + 1) * plane, -tl.reduce(-max_raw, 0, smaller))
