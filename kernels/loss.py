@@ -155,28 +155,33 @@ def loss_kernel(
     # times the registers.
     target_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
     prior_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
+    pred_offsets = offsets_of(pred, b, at, position, OPTIONS)
+    target_offsets = offsets_of(target, b, at, position, OPTIONS)
     first_channel = tl.program_id(1) * (OPTIONS.CHANNEL_BLOCKS * OPTIONS.BLOCK_C)
     for step in range(OPTIONS.CHANNEL_BLOCKS):
         channel = first_channel + step * OPTIONS.BLOCK_C + tl.arange(0, OPTIONS.BLOCK_C)[:, None]
         valid = inside & (channel < channels // OPTIONS.FOLD)
         channel = channel.to(OPTIONS.OFFSET)
-        p = tl.load(pred.ptr + offsets_of(pred, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
-        t = tl.load(target.ptr + offsets_of(target, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
+        p = tl.load(pred.ptr + pred_offsets + channel * (pred.c * OPTIONS.DIVISOR), mask=valid, other=0.0)
+        t = tl.load(target.ptr + target_offsets + channel * (target.c * OPTIONS.DIVISOR), mask=valid, other=0.0)
         p, t = p.to(tl.float32), t.to(tl.float32)
         if latents is not None:
-            x = tl.load(latents.ptr + offsets_of(latents, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
+            offsets = offsets_of(latents, b, at, position, OPTIONS) + channel * (latents.c * OPTIONS.DIVISOR)
+            x = tl.load(latents.ptr + offsets, mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
         error, slope = error_and_slope(p - t, delta, OPTIONS.LOSS_TYPE)
         target_sum += tl.sum(target_weight * error, axis=0)
         value = target_weight * slope
         if prior is not None:
-            q = tl.load(prior.ptr + offsets_of(prior, b, channel, at, position, OPTIONS), mask=valid, other=0.0)
+            offsets = offsets_of(prior, b, at, position, OPTIONS) + channel * (prior.c * OPTIONS.DIVISOR)
+            q = tl.load(prior.ptr + offsets, mask=valid, other=0.0)
             error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS.LOSS_TYPE)
             prior_sum += tl.sum(prior_weight * error, axis=0)
             value += prior_weight * slope
         if gradient is not None:
             value = value.to(gradient.ptr.dtype.element_ty)
-            tl.store(gradient.ptr + offsets_of(gradient, b, channel, at, position, OPTIONS), value, mask=valid)
+            offsets = offsets_of(gradient, b, at, position, OPTIONS) + channel * (gradient.c * OPTIONS.DIVISOR)
+            tl.store(gradient.ptr + offsets, value, mask=valid)
 
     if out is not None:
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)

@@ -71,11 +71,9 @@ def divided(steps: tuple[int, ...], divisor: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def offsets_of(tensor, b, channel, at, position, OPTIONS: tl.constexpr):
-    """Offsets of positions in channels of sample b; a tensor whose positions are one run needs no (frame, row, column)."""
-    offsets = b.to(tl.int64) * (tensor.b * OPTIONS.DIVISOR)
+def offsets_of(tensor, b, at, position, OPTIONS: tl.constexpr):
+    """Offsets of positions in channel 0 of sample b; a tensor whose positions are one run needs no (frame, row, column)."""
+    start = b.to(tl.int64) * (tensor.b * OPTIONS.DIVISOR)
     if OPTIONS.FLAT:
-        offsets += position * tensor.w
-    else:
-        offsets += at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w
-    return offsets + channel * (tensor.c * OPTIONS.DIVISOR)
+        return start + position * tensor.w
+    return start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)
