@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -66,6 +67,15 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """Every argument by its own name, those inside of bundles too: `pred.ptr` is "pred", `weights.w_ptr` is "w"."""
+        return dict(_leaves("", self.arguments))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, torch.Tensor)}
+
     def compile(self, target: GPUTarget) -> Any:
         """The compiled kernel for a target, specialised as the JIT would for these arguments."""
         backend = make_backend(target)
@@ -83,6 +93,30 @@ class Launch:
             source = ASTSource(self.kernel, signature, constants, attributes)
             _compiled[key] = triton.compile(source, target=target, options=packed.__dict__)
         return _compiled[key]
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif isinstance(value, tuple):
+        value = {f"{name}[{index}]": item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        pointer = isinstance(item, torch.Tensor)
+        yield from _leaves(
+            (name if key == "ptr" else key.removesuffix("_ptr")) if pointer else f"{name}.{key}".strip("."), item
+        )
+
+
+def _detached(value: Any) -> Any:
+    """Aliases: autograd copies a gradient instead of giving it away while somebody else holds the same tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if hasattr(value, "_make"):
+        return value._make(map(_detached, value))
+    return value
 
 
 # Triton's own cache would return code whose line numbers are those of an older file: its key is the text of the function.
@@ -105,8 +139,7 @@ def recorded(run: Any = None) -> Iterator[list[Launch]]:
         arguments = {parameter.name: parameter.default for parameter in self.params if parameter.has_default}
         arguments |= dict(zip(names, args, strict=False))
         arguments |= {name: value for name, value in keywords.items() if name in names}
-        # Aliases: autograd copies a gradient instead of giving it away while somebody else holds the same tensor.
-        arguments = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        arguments = {name: _detached(value) for name, value in arguments.items()}
         options = {name: value for name, value in keywords.items() if name not in names}
         size = grid(arguments) if callable(grid) else grid
         launches.append(Launch(self, tuple(size), arguments, options))

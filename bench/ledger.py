@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A plain `loss.backward()` gives the upstream gradient 1; the scaling kernel then reads that one number and returns. The emulator
 # confirms it (tests/bench/test_emulate.py).
-_UNTOUCHED = {"scale_kernel": ("gradient_ptr",)}
+_UNTOUCHED = {"scale_kernel": ("gradient",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,7 @@ def of_kernels(case: Case, multiprocessors: int = 132) -> Counts:
         counts = count(lambda: launches.fused_loss(call, stats=case.stats))
     for launch in recorded:
         untouched = _UNTOUCHED.get(launch.name, ())
-        tensors = {
-            name: value
-            for name, value in launch.arguments.items()
-            if isinstance(value, torch.Tensor) and name not in untouched
-        }
-        counts.bytes += sum(distinct_bytes(tensor) for tensor in tensors.values())
+        counts.bytes += sum(distinct_bytes(x) for name, x in launch.tensors.items() if name not in untouched)
         counts.launches += 1
         counts.operations.append(launch.name)
     return counts

@@ -316,7 +316,6 @@ def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
         return slope * (d - 0.5 * delta * slope), slope
     else:
         tl.static_assert(LOSS_TYPE == "pseudo_huber", "unknown kind of loss")
-        root = tl.sqrt_rn(d * d + delta * delta)
-        slope = 2.0 * delta * (d / root)
-        # sqrt(d^2 + delta^2) - delta as d^2 / (root + delta): the difference would lose the digits of a small error.
-        return slope * (d * (root / (root + delta))), slope
+        root = tl.sqrt_rn(1.0 + (d / delta) * (d / delta))
+        # delta^2 (root - 1), without the digits that the difference would lose where d is small.
+        return d * (d / (root + 1.0)), d / root
