@@ -33,6 +33,8 @@ def folder_lock(
     folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     command: str,
     *,
+    party: str = "",
+    name: str = LOCK_NAME,
     longest_wait: float = LONGEST_WAIT,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Iterator[None]:
@@ -50,6 +52,9 @@ def folder_lock(
     Args:
         folders: one folder or several.
         command: what others are told.
+        party: several processes that name the same party hold the lock together, and keep all others out. Where the system
+            has no shared locks (Windows) they take turns; where the file system has none, it is free when the first ends.
+        name: of the lock file.
         longest_wait: seconds.
         say: prints the line about waiting.
 
@@ -60,14 +65,14 @@ def folder_lock(
     with contextlib.ExitStack() as stack:
         # Always in the same order: two commands with the same folders must not wait for each other.
         for folder in sorted({os.path.realpath(path) for path in paths}):
-            lock = _wait_for(Path(folder) / LOCK_NAME, command, longest_wait, say)
+            lock = _wait_for(Path(folder) / name, command, party, longest_wait, say)
             if lock is not None:
-                stack.callback(_release, *lock)
+                stack.callback(_release, *lock, bool(party))
         yield
 
 
-def try_lock(descriptor: int) -> bool | None:
-    """Takes the exclusive lock of an open file or folder without waiting; closing the file gives it back.
+def try_lock(descriptor: int, shared: bool = False) -> bool | None:
+    """Takes the lock of an open file or folder without waiting, exclusively if not `shared`; closing the file gives it back.
 
     Returns:
         True: taken. False: another process has it. None: this system or file system has no locks.
@@ -88,7 +93,7 @@ def try_lock(descriptor: int) -> bool | None:
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -125,13 +130,14 @@ def _process(pid: int | str) -> str:
 
 
 def _wait_for(
-    path: Path, command: str, longest_wait: float, say: Callable[[str], None]
-) -> tuple[Path, int | None] | None:
-    """The lock file and its descriptor, None where a file takes the place of a lock; None where nothing can be locked."""
+    path: Path, command: str, party: str, longest_wait: float, say: Callable[[str], None]
+) -> tuple[Path | None, int | None] | None:
+    """The lock file, None where it is another's, and its descriptor, None where a file takes the place of a lock; None where
+    nothing can be locked."""
     end, said = time.monotonic() + longest_wait, False
     while True:
         try:
-            lock = _acquire(path, command)
+            lock = _acquire(path, command, party)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
                 return None
@@ -146,7 +152,7 @@ def _wait_for(
         time.sleep(POLL)
 
 
-def _acquire(path: Path, command: str) -> tuple[Path, int | None] | None:
+def _acquire(path: Path, command: str, party: str) -> tuple[Path | None, int | None] | None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     except PermissionError:
@@ -158,25 +164,31 @@ def _acquire(path: Path, command: str) -> tuple[Path, int | None] | None:
         if locked is None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-            return _acquire_without_locks(path.with_name(f"{path.name}.held"), command)
+            return _acquire_without_locks(path.with_name(f"{path.name}.held"), command, party)
+        joins = not locked and bool(party and try_lock(descriptor, shared=True))
         # Who had it before has removed the file: the lock of a file that has no name keeps nobody out.
         with contextlib.suppress(FileNotFoundError):
-            keep = locked and os.path.samestat(os.stat(path), os.fstat(descriptor))
-        if keep:
+            keep = (locked or joins) and os.path.samestat(os.stat(path), os.fstat(descriptor))
+        if keep and joins:
+            keep = _read(path).get("party") == party
+        elif keep:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, _about(command))
+                os.write(descriptor, _about(command, party))
+            keep = True
         return (path, descriptor) if keep else None
     finally:
         if not keep:
             os.close(descriptor)
 
 
-def _acquire_without_locks(path: Path, command: str) -> tuple[Path, None] | None:
+def _acquire_without_locks(path: Path, command: str, party: str) -> tuple[Path | None, None] | None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
     except FileExistsError:
         holder = _read(path)
+        if party and holder.get("party") == party:
+            return None, None
         known = str(holder.get("process", ""))
         here = _process(os.getpid()).rpartition(":")[0]
         # Dead for certain: of this kernel and namespace, and no process of this number began then.
@@ -185,17 +197,18 @@ def _acquire_without_locks(path: Path, command: str) -> tuple[Path, None] | None
                 os.unlink(path)
         return None
     with os.fdopen(descriptor, "wb") as file:
-        file.write(_about(command))
+        file.write(_about(command, party))
     return path, None
 
 
-def _about(command: str) -> bytes:
+def _about(command: str, party: str) -> bytes:
     about = {
         "command": command,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "process": _process(os.getpid()),
+        "party": party,
     }
     return json.dumps(about).encode()
 
@@ -219,11 +232,14 @@ def _holder(path: Path) -> str:
     )
 
 
-def _release(path: Path, descriptor: int | None) -> None:
-    """Removes the lock file while the lock is held, so that no other's is removed, and gives the lock back."""
+def _release(path: Path | None, descriptor: int | None, shared: bool) -> None:
+    """Removes the lock file while the lock is held by nobody else, so that no other's is removed, and gives the lock back."""
+    if shared and descriptor is not None and not try_lock(descriptor):
+        path = None
     if descriptor is not None and os.name == "nt":  # an open file cannot be removed there
         os.close(descriptor)
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     if descriptor is not None and os.name != "nt":
         os.close(descriptor)

@@ -5,6 +5,7 @@ Ray gives a job out again when the actor that had it died, so `work` must see fo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -12,6 +13,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from masked_loss_triton import __version__
@@ -33,6 +35,7 @@ def run_ray(
     jobs: Sequence[T],
     lost: Callable[[T, str], R],
     *,
+    guard: Callable[[T], AbstractContextManager[Any]] = contextlib.nullcontext,
     workers: int | None = None,
     num_gpus: float | None = None,
     address: str | None = None,
@@ -41,9 +44,10 @@ def run_ray(
     """Yields one outcome for each job, in no order.
 
     Args:
-        make_worker: called once in each actor; gives what turns a job into its outcome. All three are pickled.
+        make_worker: called once in each actor; gives what turns a job into its outcome. This, `guard` and jobs are pickled.
         jobs: what is to be done.
         lost: the outcome of a job that killed every actor that tried it, from the job and a reason.
+        guard: entered for each job, in the actor: a lock, which an actor that outlives this process by seconds still holds.
         workers: actors; by default one for each GPU where they use any, else one for each core.
         num_gpus: of each actor, also a fraction; None is one where the machines have any.
         address: of a running cluster, HOST:PORT or "auto"; by default RAY_ADDRESS, else a Ray of its own on this machine.
@@ -67,7 +71,9 @@ def run_ray(
         workers, num_gpus = _room(ray, workers, num_gpus)
         left = dict(enumerate(jobs))
         for alone in (False, True):
-            for index, outcome in _pass(ray, make_worker, left, min(workers, len(left)), num_gpus, alone, debug):
+            for index, outcome in _pass(
+                ray, (make_worker, guard), left, min(workers, len(left)), num_gpus, alone, debug
+            ):
                 if left.pop(index, None) is not None:
                     yield outcome
         for job in left.values():
@@ -132,7 +138,7 @@ def _room(ray: Any, workers: int | None, num_gpus: float | None) -> tuple[int, f
 
 
 def _pass(
-    ray: Any, make_worker: Any, jobs: dict[int, Any], workers: int, num_gpus: float, alone: bool, debug: bool
+    ray: Any, functions: Any, jobs: dict[int, Any], workers: int, num_gpus: float, alone: bool, debug: bool
 ) -> Iterator[tuple[int, Any]]:
     """Yields (number, outcome) of the jobs that did not lose their actor too often."""
     if not jobs:
@@ -146,7 +152,7 @@ def _pass(
     rows = [{"number": number, "job": pickle.dumps(job)} for number, job in jobs.items()]
     data = ray.data.from_items(rows, override_num_blocks=len(jobs) if alone else blocks).map_batches(
         Actor,
-        fn_constructor_args=(pickle.dumps(make_worker), os.getcwd(), __version__),
+        fn_constructor_args=(pickle.dumps(functions), os.getcwd(), __version__),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -176,16 +182,16 @@ def _told(what: str, error: Exception) -> UserError:
 class Actor:
     """One worker, in a process of its own. What goes wrong is an answer like any other: an actor that raises is restarted."""
 
-    def __init__(self, make_worker: bytes, folder: str, version: str) -> None:
+    def __init__(self, functions: bytes, folder: str, version: str) -> None:
         self.answer: tuple[str, Any, str] | None = None
         try:
             self.raylet = os.getppid()
-            self.work = self._made(make_worker, folder, version)
+            self.work, self.guard = self._made(functions, folder, version)
         except Exception as error:
             self.answer = _error(error)
 
     @staticmethod
-    def _made(make_worker: bytes, folder: str, version: str) -> Callable[[Any], Any]:
+    def _made(functions: bytes, folder: str, version: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         node = os.uname().nodename if hasattr(os, "uname") else "a machine"
         if version != __version__:
             raise UserError(
@@ -195,7 +201,8 @@ class Actor:
             os.chdir(folder)  # paths may be relative
         except OSError as error:
             raise UserError(f"{node} has no folder {folder}: start in one that every machine sees", 2) from error
-        return pickle.loads(make_worker)()
+        make_worker, guard = pickle.loads(functions)
+        return make_worker(), guard
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow
@@ -206,12 +213,19 @@ class Actor:
     def _answer(self, job: bytes) -> tuple[str, Any, str]:
         if self.answer is not None:
             return self.answer
-        if os.getppid() != self.raylet:  # Ray is dead, and whoever runs next may have this job already
-            os._exit(1)
         try:
-            return "outcome", self.work(pickle.loads(job)), ""
+            unpickled = pickle.loads(job)
+            self._exit_if_ray_is_dead()
+            with self.guard(unpickled):
+                self._exit_if_ray_is_dead()
+                return "outcome", self.work(unpickled), ""
         except Exception as error:
             return _error(error)
+
+    def _exit_if_ray_is_dead(self) -> None:
+        """Whoever runs next may have this job already, once the guard lets it."""
+        if os.getppid() != self.raylet:
+            os._exit(1)
 
 
 def _error(error: Exception) -> tuple[str, Any, str]:

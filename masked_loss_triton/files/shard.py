@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.locks import folder_lock
 
 # Launchers that give each of their processes a number and the count. Those of one job, then those that start several jobs:
 # within each job there may be several processes.
@@ -37,6 +39,11 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
+    @property
+    def name(self) -> str:
+        """For file names: 0of3."""
+        return f"{self.index}of{self.count}"
+
     def __contains__(self, path: str | os.PathLike[str]) -> bool:
         """Whether a relative path is in this part; every path is in exactly one, on every machine."""
         return shard_of(path, self.count) == self.index
@@ -49,6 +56,33 @@ def shard_of(path: str | os.PathLike[str], count: int) -> int:
     """The part, 0 to count - 1, that a relative path is in: a hash of the bytes of its name, with / between folders."""
     digest = hashlib.sha256(os.fsencode(PurePath(path).as_posix())).digest()
     return int.from_bytes(digest[:8], "big") % count
+
+
+@contextlib.contextmanager
+def shard_lock(
+    folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], command: str, shard: Shard, run: str = ""
+) -> Iterator[None]:
+    """Locks folders for one shard: others of as many shards may be in them too, but the same shard only once.
+
+    Args:
+        folders: one folder or several.
+        command: what others are told.
+        shard: WHOLE keeps everybody out.
+        run: processes that name the same run hold the lock together.
+
+    Raises:
+        UserError: naming the holder, when it is held for too long.
+    """
+    if shard.count == 1:
+        with folder_lock(folders, command, party=run):
+            yield
+        return
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    with (
+        folder_lock(folders, command, party=f"{command} in {shard.count} shards"),
+        folder_lock(folders, f"{command} --shard {shard}", party=run, name=f".masked_loss.{shard.name}.lock"),
+    ):
+        yield
 
 
 def add_shard_argument(parser: argparse.ArgumentParser) -> None:

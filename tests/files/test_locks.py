@@ -125,3 +125,45 @@ def test_two_namespaces_of_process_numbers_share_the_lock(tmp_path, patch):
     else:
         with folder_lock(tmp_path, "x", longest_wait=5):
             pass
+
+
+PARTY = """
+import sys
+from masked_loss_triton.files import locks
+{patch}
+with locks.folder_lock(sys.argv[1], sys.argv[2], party=sys.argv[3]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_party_is_inside_together_and_keeps_all_others_out(tmp_path):
+    def member(name, party):
+        code = [sys.executable, "-c", PARTY.format(patch=""), str(tmp_path), name, party]
+        process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    def is_free(party=""):
+        try:
+            with folder_lock(tmp_path, "x", party=party, longest_wait=0.2, say=lambda line: None):
+                return True
+        except UserError:
+            return False
+
+    first, second = member("first", "a"), member("second", "a")
+    assert not is_free()
+    assert not is_free("b")
+    assert is_free("a")
+    # Neither the first's end nor a kill lets others in while one is there.
+    first.communicate("\n")
+    assert not is_free()
+    assert is_free("a")
+    third = member("third", "a")
+    second.kill()
+    second.communicate()
+    assert not is_free("b")
+    third.communicate("\n")
+    assert os.listdir(tmp_path) == []
+    assert is_free()
