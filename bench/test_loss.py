@@ -52,8 +52,7 @@ def all_cases() -> list[Case]:
 def losses_of(case: Case) -> list[str]:
     names = [name for name, recipe in RECIPES.items() if recipe.takes_prior == case.prior]
     suffix = " + prior" if case.prior else ""
-    ours = ["ours, torch", "ours, torch.compile"]
-    ours.append("ours, triton" if torch.cuda.is_available() else "ours, compiled")
+    ours = ["ours, torch", "ours, torch.compile", *["ours, triton"] * torch.cuda.is_available()]
     return [*names, f"torch.compile of {BEST}{suffix}", *ours]
 
 

@@ -1,6 +1,7 @@
 """ai-toolkit: exact weights and a right inverted mask prior. In the file extensions/masked_loss/__init__.py of the trainer:
 
     from masked_loss_triton import MaskedLossConfig
+from masked_loss_triton.config import LossType
     from masked_loss_triton.integration import ai_toolkit
     ai_toolkit.install(MaskedLossConfig(min_weight=0.05))
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton import MaskedLossConfig, mask_weights, masked_loss
+from masked_loss_triton.config import LossType
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.factors import check_config, unreduced_factors
 from masked_loss_triton.integration.replace import replace
@@ -90,7 +92,7 @@ def install(config: MaskedLossConfig, trainer: type | None = None) -> None:
                 loss = original(self, noise_pred, *rest, target, prior_pred, **kwargs)
             finally:
                 options.inverted_mask_prior_multiplier = weight
-            loss_type = "l1" if options.loss_type == "mae" else "mse"
+            loss_type: LossType = "l1" if options.loss_type == "mae" else "mse"
             return loss + weight * _prior_term(noise_pred, prior_pred, mask, config, loss_type)
 
         return calculate_loss
@@ -99,7 +101,7 @@ def install(config: MaskedLossConfig, trainer: type | None = None) -> None:
 
 
 def _prior_term(
-    pred: torch.Tensor, prior: torch.Tensor | None, mask: torch.Tensor, config: MaskedLossConfig, loss_type: str
+    pred: torch.Tensor, prior: torch.Tensor | None, mask: torch.Tensor, config: MaskedLossConfig, loss_type: LossType
 ) -> torch.Tensor:
     assert prior is not None
     frames = pred.shape[2] if pred.dim() == 5 else 1

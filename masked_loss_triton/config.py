@@ -1,4 +1,20 @@
-"""The options of the masked loss: one frozen, validated object that every backend reads."""
+"""The options of the masked loss: one frozen, validated object that every backend reads.
+
+The stages of the loss, in order, with the field that sets each; docs/formula.md has the formulas whole:
+
+    0  read             m = mask / 255, or clamped to [0, 1]
+    1  resample         m to the (F, H, W) of the loss             resample
+       binarize         m = [m > threshold]                        binarize
+    2  invert           m = 1 - m, the raw mask                    invert
+    3  blur             Gaussian over H and W; then snap to 0, 1   blur_kernel_size
+    4  gamma            w = m ** gamma                             gamma
+    5  floor            w = w (1 - u) + u, or max(w, u)            min_weight, floor
+    6  prior region     v = 1 - w, or [raw < threshold]; snap      prior_threshold
+    7  mask gate        w = 1, v = 0 where a sample is off
+    8  error            e = rho(pred - target)                     loss_type, loss_delta
+    9  reduce           sum(w e) / sum(w), + prior_weight times    normalization, per_sample, prior_weight, area_scale_beta, eps
+                        the same of v and the prior
+"""
 
 from __future__ import annotations
 
@@ -7,13 +23,19 @@ import json
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-RESAMPLE_MODES = ("area", "bilinear", "nearest", "nearest-exact", "bicubic")
-FLOORS = ("affine", "clamp")
-NORMALIZATIONS = ("weighted_mean", "mean_one", "mean")
-LOSS_TYPES = ("mse", "huber", "smooth_l1", "l1")
-PRESETS = ("sd-scripts", "simpletuner", "ai-toolkit", "onetrainer", "diffusion-pipe", "blissful")
+ResampleMode = Literal["area", "bilinear", "nearest", "nearest-exact", "bicubic"]
+Floor = Literal["affine", "clamp"]
+Normalization = Literal["weighted_mean", "mean_one", "mean"]
+LossType = Literal["mse", "huber", "smooth_l1", "l1", "pseudo_huber"]
+Preset = Literal["sd-scripts", "simpletuner", "ai-toolkit", "onetrainer", "diffusion-pipe", "blissful"]
+
+RESAMPLE_MODES: tuple[str, ...] = get_args(ResampleMode)
+FLOORS: tuple[str, ...] = get_args(Floor)
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+PRESETS: tuple[str, ...] = get_args(Preset)
 
 
 def _number(field: str, value: Any, expected: str) -> float:
@@ -68,8 +90,9 @@ class MaskedLossConfig:
         prior_threshold: None: the prior covers 1 - w. A threshold in [0, 1]: the prior covers the positions whose
             (inverted, not blurred) mask is below it, and the target gives them up. Without a prior it does nothing.
         prior_weight: factor of the prior term, >= 0; one number, or one per sample with `per_sample`.
-        loss_type: "mse", "huber", "smooth_l1" or "l1", as torch defines them.
-        loss_delta: `delta` of huber, `beta` of smooth_l1; > 0.
+        loss_type: "mse", "huber", "smooth_l1" or "l1", as torch defines them, or "pseudo_huber",
+            delta^2 (sqrt(1 + (d / delta)^2) - 1) (Charbonnier et al. 1997); sd-scripts calls twice this loss `huber`.
+        loss_delta: `delta` of huber and pseudo_huber, `beta` of smooth_l1; > 0.
         normalization: "weighted_mean" sum(w e) / (sum(w) + eps); "mean_one" mean(w / (mean(w) + eps) e), the same
             number up to eps; "mean" mean(w e).
         per_sample: normalise within each sample, then average over samples. A sample without weight contributes 0.
@@ -80,18 +103,18 @@ class MaskedLossConfig:
         ValueError, TypeError: when the config is built, naming the field, the value and what is accepted.
     """
 
-    resample: str = "area"
+    resample: ResampleMode = "area"
     binarize: float | None = None
     invert: bool = False
     blur_kernel_size: int = 0
     gamma: float = 1.0
     min_weight: float = 0.0
-    floor: str = "affine"
+    floor: Floor = "affine"
     prior_threshold: float | None = None
     prior_weight: float | tuple[float, ...] = 0.5
-    loss_type: str = "mse"
+    loss_type: LossType = "mse"
     loss_delta: float = 1.0
-    normalization: str = "weighted_mean"
+    normalization: Normalization = "weighted_mean"
     per_sample: bool = False
     area_scale_beta: float = 0.0
     eps: float = 1e-8
@@ -144,7 +167,7 @@ class MaskedLossConfig:
         return self._text  # type: ignore[attr-defined]
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> MaskedLossConfig:
+    def preset(cls, name: Preset, **changes: Any) -> MaskedLossConfig:
         """The masked loss of another trainer, as a config; keyword arguments change single fields.
 
         Each reproduces the loss that the trainer computes from its mask. None reproduces a trainer's faults, its dtype

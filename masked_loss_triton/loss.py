@@ -86,7 +86,7 @@ def masked_loss(
         process_group: all-reduces the denominators over its ranks and multiplies by their number, so that the gradient
             that data parallel training averages is exactly that of the whole batch.
         layout: "channels_first" or "layered".
-        backend: "auto", "triton", "torch", "compiled" (on the CPU, by torch.compile: the first call takes seconds) or "reference".
+        backend: "auto", "triton", "torch" or "reference".
         return_stats: also return a `MaskedLossStats`.
 
     Returns:

@@ -88,7 +88,7 @@ def rejects(error, match, pred=PRED, target=None, mask=MASK, config=None, **call
         (TypeError, r"config must be a MaskedLossConfig, got dict", dict(config={"gamma": 2.0})),
         (
             ValueError,
-            r"backend must be one of 'auto', 'triton', 'torch', 'compiled', 'reference', got 'cuda'",
+            r"backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'",
             dict(backend="cuda"),
         ),
         (TypeError, r"unexpected keyword argument 'gamma'", dict(gamma=2.0)),

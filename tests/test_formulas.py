@@ -1,12 +1,17 @@
-"""The reference itself: against loops written from the contract, against closed facts, and by finite differences."""
+"""The reference itself: against loops written from docs/formula.md, against closed facts, and by finite differences."""
 
+import functools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from masked_loss_triton import FlowTarget, MaskedLoss, MaskedLossConfig, mask_weights, masked_loss
+from masked_loss_triton.backend.formulas import ERROR_AND_SLOPE, error_and_slope
+from masked_loss_triton.config import LOSS_TYPES
 
 
 def area_average(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -28,11 +33,13 @@ def rho(d: float, kind: str, delta: float) -> float:
         return size
     if kind == "huber":
         return 0.5 * d * d if size < delta else delta * (size - 0.5 * delta)
-    return 0.5 * d * d / delta if size < delta else size - 0.5 * delta
+    if kind == "smooth_l1":
+        return 0.5 * d * d / delta if size < delta else size - 0.5 * delta
+    return delta**2 * (math.sqrt(1 + (d / delta) ** 2) - 1)
 
 
 def by_hand(pred, target, prior, mask, config: MaskedLossConfig) -> float:
-    """The contract's table, element by element; pred (B, C, F, H, W), mask (B, Fm, Hm, Wm)."""
+    """docs/formula.md, element by element; pred (B, C, F, H, W), mask (B, Fm, Hm, Wm)."""
     batch, channels, *grid = pred.shape
     terms = []
     for b in range(batch):
@@ -71,7 +78,7 @@ def by_hand(pred, target, prior, mask, config: MaskedLossConfig) -> float:
     return float((target_term + config.prior_weight * prior_term).mean())
 
 
-@pytest.mark.parametrize("loss_type", ["mse", "huber", "smooth_l1", "l1"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("normalization", ["weighted_mean", "mean_one", "mean"])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(
@@ -95,6 +102,37 @@ def test_the_reference_is_the_contract(loss_type, normalization, per_sample, opt
     want = by_hand(pred.numpy(), target.numpy(), prior.numpy(), mask.numpy(), config)
     assert got.dtype == torch.float64
     assert got.item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("delta", [1.0, 0.3])
+def test_every_kind_of_loss_has_a_formula_and_its_slope(loss_type, delta):
+    assert set(ERROR_AND_SLOPE) == set(LOSS_TYPES)
+    difference = torch.tensor([-3.0, -1.0, -0.3, -0.01, 0.0, 1e-6, 0.3, 0.7, 1.0, 4.0], dtype=torch.float64)
+    error, slope = error_and_slope(difference.requires_grad_(), loss_type, delta)
+    (wanted,) = torch.autograd.grad(error.sum(), difference, retain_graph=True)
+    torch.testing.assert_close(slope, wanted)
+    torchs = {
+        "mse": lambda d, zero: d**2,
+        "l1": F.l1_loss,
+        "huber": functools.partial(F.huber_loss, delta=delta),
+        "smooth_l1": functools.partial(F.smooth_l1_loss, beta=delta),
+        "pseudo_huber": lambda d, zero: delta * ((d**2 + delta**2).sqrt() - delta),
+    }
+    kinds = {"reduction": "none"} if loss_type not in ("mse", "pseudo_huber") else {}
+    torch.testing.assert_close(error, torchs[loss_type](difference, torch.zeros_like(difference), **kinds))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("field", ["loss_type", "floor", "normalization", "resample"])
+def test_a_word_without_a_formula_is_an_error_in_every_backend(device, backend, field):
+    """As when somebody adds it to the config and forgets a backend: never what the last branch computes."""
+    config = MaskedLossConfig(min_weight=0.1)
+    object.__setattr__(config, field, "new")
+    config.__dict__["_text"] = json.dumps(config.to_dict())
+    pred, mask = torch.randn(1, 2, 1, 4, 4, device=device), torch.rand(1, 8, 8, device=device)
+    with pytest.raises(Exception, match=r"(?s)new|unknown"):
+        masked_loss(pred, torch.zeros_like(pred), mask, config, backend=backend)
 
 
 def test_mean_one_is_the_weighted_mean():

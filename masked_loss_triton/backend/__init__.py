@@ -1,5 +1,4 @@
-"""Backends, one meaning: `reference` (autograd), `torch` (closed form, any device), `compiled` (the same by torch.compile, on the
-CPU), `triton` (kernels).
+"""The backends of one formula (docs/formula.md): `reference` (autograd), `torch` (closed form, any device), `triton` (kernels).
 
 The folder is called `backend`: torch.compile refuses to trace files whose path contains "triton/backends".
 """
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch", "compiled", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 @functools.cache
@@ -49,10 +48,6 @@ def choose(name: str, pred: torch.Tensor) -> str:
                 f"backend='triton' needs a CUDA or ROCm tensor, and pred is on {pred.device}: use backend='torch' "
                 "(or set TRITON_INTERPRET=1 before triton is imported, to run the kernels slowly on the CPU)"
             )
-    if name == "compiled" and pred.device.type != "cpu":
-        raise ValueError(
-            f"backend='compiled' is for CPU tensors, and pred is on {pred.device}: use 'triton' or 'torch'"
-        )
     return name
 
 
@@ -62,10 +57,10 @@ def implementation(name: str) -> Callable[..., Any]:
         from masked_loss_triton.backend import fused
 
         return fused.loss
-    if name in ("torch", "compiled"):
+    if name == "torch":
         from masked_loss_triton.backend import closed_form
 
-        return closed_form.loss if name == "torch" else closed_form.compiled_loss
+        return closed_form.loss
     from masked_loss_triton.backend import reference
 
     return reference.loss

@@ -1,29 +1,52 @@
-"""The loss and its gradient together, in plain torch operations on any device: the backends `torch` and `compiled`.
+"""The `torch` backend: the loss and its gradient together, in plain torch operations on any device.
 
-    d = pred - target;  psi = rho'(d);  gradient = a psi;  loss = sum(gradient (d - psi's share)),   a = s w
+    d = pred - target;  loss = sum(a rho(d));  gradient = a rho'(d),    a = the weights times the factor of their sample
 
-For mse psi = 2 d and rho = psi d / 2; for l1 psi = sign(d) and rho = psi d; for huber psi = clamp(d, -delta, delta) and
-rho = psi (d - psi / 2); for smooth_l1 psi = clamp(d / beta, -1, 1) and rho = psi (d - beta psi / 2). The loss is therefore one dot
-product with the gradient, and no error tensor is ever written.
-
-`torch` works in blocks that stay in the CPU's cache (blocks.py); `compiled` lets torch.compile make one loop of it (expression.py).
+and the same for the prior. Plainly called, it goes block by block: what one operation writes, the next finds in the cache, and
+nothing of the size of pred is made but the gradient. Under torch.compile it is one expression, which becomes one loop.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from masked_loss_triton.backend import blocks, distinct, expression, refuse_second_derivative, stages
+from masked_loss_triton.backend import distinct, refuse_second_derivative, stages
 from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.backend.formulas import error_and_slope
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
+# Elements of a block, on a CPU for each of its threads: five float32 buffers of them fill a second-level cache of 1 to 2 MB.
+# On other devices a block only bounds the memory.
+CPU_BLOCK = 1 << 16
+DEVICE_BLOCK = 1 << 22
+
+
+class Operands(NamedTuple):
+    """What a loss is made of: views of one shape (B, C, F, H, W), any strides; None where the call has no such tensor."""
+
+    pred: torch.Tensor
+    target: torch.Tensor  # or the noise
+    latents: torch.Tensor | None
+    prior: torch.Tensor | None
+    a: torch.Tensor  # (B, 1, F, H, W) float32
+    b: torch.Tensor | None  # like a, for the prior
+
+
+class Options(NamedTuple):
+    """Numbers and words of a call."""
+
+    flow_sign: int
+    loss_type: str
+    loss_delta: float
+
 
 def loss(
-    inputs: LossInputs, config: MaskedLossConfig, return_stats: bool, compiled: bool = False
+    inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
 ) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
     with torch.no_grad():
@@ -33,53 +56,43 @@ def loss(
         sum_v = sum_w if inputs.prior is None else v.sum(dim=(1, 2, 3)).expand(inputs.batch)
         sum_raw = raw.sum(dim=(1, 2, 3)).expand(inputs.batch) if config.area_scale_beta else sum_w
         s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
-        kept = (raw, w, v) if return_stats else None
-        a = _times(w, expression.slope(config) * s, in_place=kept is None)
-        b = None if inputs.prior is None else _times(v, expression.slope(config) * r, in_place=kept is None)
+        a = _times(w, s)
+        b = None if inputs.prior is None else _times(v, r)
+    kept = (raw, w, v) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
-    tensors = (inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b)
-    options = (inputs.flow_sign, config, compiled)
+    operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b)
+    options = Options(inputs.flow_sign, config.loss_type, config.loss_delta)
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
-        total, target_term, prior_term = ClosedFormLoss.apply(*distinct(tensors), *options)
+        total, target_term, prior_term = ClosedFormLoss.apply(*distinct(operands), options)
     else:
         with torch.no_grad():
-            target_term, prior_term, _ = loss_and_gradient(*tensors, *options, write_gradient=False)
+            target_term, prior_term, _ = loss_and_gradient(operands, options, write_gradient=False)
             total = target_term + prior_term
     return total, None if kept is None else MaskedLossStats.from_weights(target_term, prior_term, *kept)
 
 
-def compiled_loss(
-    inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
-) -> tuple[torch.Tensor, MaskedLossStats | None]:
-    """`loss` by one function that torch.compile makes at the first call."""
-    return loss(inputs, config, return_stats, compiled=True)
-
-
-def _times(weight: torch.Tensor, factor: torch.Tensor, in_place: bool) -> torch.Tensor:
-    """A weight (B or 1, F, H, W) times a factor (B,). In place, where nobody needs the weight again, costs no fresh memory."""
-    factor = factor.view(-1, 1, 1, 1)
+def _times(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A weight (B or 1, F, H, W) times a factor (B,), as (B, 1, F, H, W)."""
+    product = weight.unsqueeze(1) * factor.view(-1, 1, 1, 1, 1)
     if torch.compiler.is_compiling():
-        product = weight * factor
         # The compiler writes what `as_strided` takes to memory. It would compute the stages of the weights anew for every channel.
         return product.as_strided(product.shape, product.stride())
-    return weight.mul_(factor) if in_place and weight.shape[0] == factor.shape[0] else weight * factor
+    return product
 
 
 class ClosedFormLoss(torch.autograd.Function):
     """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
 
     @staticmethod
-    def forward(ctx: Any, pred, target, latents, prior, a, b, flow_sign, config, compiled):
+    def forward(ctx: Any, pred, target, latents, prior, a, b, options):
+        operands = Operands(pred, target, latents, prior, a, b)
         # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
-        now = pred.dtype != torch.float16
-        target_term, prior_term, gradient = loss_and_gradient(
-            pred, target, latents, prior, a, b, flow_sign, config, compiled, write_gradient=now
-        )
-        ctx.options = flow_sign, config, compiled
+        target_term, prior_term, gradient = loss_and_gradient(operands, options, pred.dtype != torch.float16)
+        ctx.options = options
         # A plain gradient is no saved tensor: the backward scales it in place and gives it away, once. The compiler does so itself.
         traced = torch.compiler.is_compiling()
         ctx.gradient = None if traced else gradient
-        ctx.save_for_backward(gradient if traced else None, pred, target, latents, prior, a, b)
+        ctx.save_for_backward(gradient if traced else None, *operands)
         ctx.mark_non_differentiable(target_term, prior_term)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return target_term + prior_term, target_term, prior_term
@@ -87,20 +100,20 @@ class ClosedFormLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output, _target_term, _prior_term):
         refuse_second_derivative()
-        saved, *tensors, a, b = ctx.saved_tensors
+        saved, pred, target, latents, prior, a, b = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if saved is not None:
             gradient = (saved * grad_output).to(saved.dtype)
         elif gradient is None:
-            factors = (grad_output * a, None if b is None else grad_output * b)
-            pred, target, latents, prior = tensors
-            _, _, gradient = loss_and_gradient(pred, target, latents, prior, *factors, *ctx.options)
+            factors = grad_output * a, None if b is None else grad_output * b
+            scaled = Operands(pred, target, latents, prior, *factors)
+            _, _, gradient = loss_and_gradient(scaled, ctx.options, write_gradient=True)
         elif gradient.dtype != torch.float32 and gradient.device.type != "cpu":
             # Off the CPU, `mul_` would round grad_output to the dtype of the gradient before it multiplies.
             gradient = (gradient.float() * grad_output).to(gradient.dtype)
         elif not _is_known_one(grad_output):
             gradient.mul_(grad_output)
-        return gradient, *([None] * 8)
+        return gradient, *([None] * 6)
 
 
 def _is_known_one(value: torch.Tensor) -> bool:
@@ -109,33 +122,61 @@ def _is_known_one(value: torch.Tensor) -> bool:
 
 
 def loss_and_gradient(
-    pred: torch.Tensor,
-    target: torch.Tensor,
-    latents: torch.Tensor | None,
-    prior: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    flow_sign: int,
-    config: MaskedLossConfig,
-    compiled: bool = False,
-    write_gradient: bool = True,
+    operands: Operands, options: Options, write_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Both terms of the loss (0-d float32) and the gradient in pred's dtype, or None.
-
-    Args:
-        pred, target, latents, prior: (B, C, F, H, W), any strides.
-        a, b: (B, F, H, W) float32, the weights times their factors and `expression.slope`.
-    """
-    tensors = expression.Operands(pred, target, latents, prior, a.unsqueeze(1), None if b is None else b.unsqueeze(1))
+    """Both terms of the loss (0-d float32) and the gradient in pred's dtype, or None."""
+    pred = operands.pred
     if torch.compiler.is_compiling():
-        return expression.terms(tensors, flow_sign, config.loss_type, config.loss_delta, write_gradient, (2, 3, 4))
-    if compiled and expression.can_be_compiled(pred):
-        operands, _, order = blocks.in_memory_order(tensors, None)
-        target_term, prior_term, result = expression.compiled_terms(operands, flow_sign, config, write_gradient)
-        if result is not None:
-            result = result.permute([order.index(axis) for axis in range(len(order))]).view(pred.shape)
+        e, e_prior, gradient = _elements(operands, None, options)
+        # The innermost axes first: the compiler then sums in the loop that writes the gradient. For one sum over everything it
+        # makes a second loop, which reads all operands again.
+        target_term = e.sum((2, 3, 4)).sum()
+        prior_term = torch.zeros_like(target_term) if e_prior is None else e_prior.sum((2, 3, 4)).sum()
+        result = gradient.to(pred.dtype) if write_gradient else None
+        if result is not None and e_prior is not None:
+            # Always 0. A sum that reads the gradient keeps the compiler's loop in one piece, as the only term does without a prior.
+            prior_term = prior_term + 0.0 * result.sum((2, 3, 4)).isnan().sum()
         return target_term, prior_term, result
-    gradient = torch.empty_like(pred) if write_gradient else None
-    operands, written, order = blocks.in_memory_order(tensors, gradient)
-    target_term, prior_term = blocks.terms(operands, written, order.index(1), flow_sign, config)
-    return target_term, prior_term, gradient
+    result = torch.empty_like(pred) if write_gradient else None
+    size = CPU_BLOCK * torch.get_num_threads() if pred.device.type == "cpu" else DEVICE_BLOCK
+    expanded = [None if x is None else x.expand(pred.shape) for x in operands]
+    terms = []
+    for *block, out in _blocks((*expanded, result), size):
+        e, e_prior, _ = _elements(Operands(*block), out, options)  # type: ignore[arg-type]
+        terms.append(e.sum())
+        if e_prior is not None:
+            terms.append(e_prior.sum())
+    sums = torch.stack(terms).view(-1, 1 if operands.prior is None else 2).sum(0)
+    return sums[0], torch.zeros_like(sums[0]) if operands.prior is None else sums[1], result
+
+
+def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Views of about `size` elements that together are the tensors. Cut where the first one's memory is: outermost axis first."""
+    first = tensors[0]
+    assert first is not None
+    if first.numel() <= size:
+        yield tensors
+        return
+    axis = max(range(first.dim()), key=lambda axis: (first.shape[axis] > 1, first.stride(axis)))
+    pieces = min(first.shape[axis], -(-first.numel() // size))
+    step = -(-first.shape[axis] // pieces)
+    cut = [[None] * pieces if x is None else x.split(step, axis) for x in tensors]
+    for block in zip(*cut, strict=False):
+        yield from _blocks(block, size)
+
+
+def _elements(
+    operands: Operands, out: torch.Tensor | None, options: Options
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(a rho(pred - target), b rho(pred - prior), gradient) of each element, in float32; `out`, if given, gets the gradient too."""
+    pred, target, latents, prior, a, b = operands
+    pred, target = pred.float(), target.float()
+    if latents is not None:
+        # Rounded to float32 once, as in the other backends.
+        target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
+    error, slope = error_and_slope(pred - target, *options[1:])
+    if prior is None or b is None:
+        return error * a, None, torch.mul(slope, a, out=out)
+    gradient = slope * a
+    prior_error, slope = error_and_slope(pred - prior.float(), *options[1:])
+    return error * a, prior_error * b, torch.addcmul(gradient, slope, b, out=out)

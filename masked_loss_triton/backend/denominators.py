@@ -1,4 +1,4 @@
-"""Stage 9: from the sums of the weights to the factor of each sample, in plain torch.
+"""Stage 9 of docs/formula.md: from the sums of the weights to the factor of each sample, in plain torch.
 
 The loss is  sum_b s_b sum(w e)  +  sum_b r_b sum(v e'),  with e the error to the target, e' the error to the prior, and all
 normalisation, weighting and prior weights inside the factors s and r, which depend on the mask alone. The gradient is therefore
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from masked_loss_triton.backend.formulas import unknown
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 
@@ -56,6 +57,8 @@ def loss_factors(
     denominator_w: Any = count
     denominator_v: Any = count
     if config.normalization != "mean":
+        if config.normalization not in ("weighted_mean", "mean_one"):
+            raise unknown("normalization", config.normalization)
         eps = config.eps * (count if config.normalization == "mean_one" else 1)
         denominator_w, denominator_v = total_w + eps, total_v + eps
     weighting: Any = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)

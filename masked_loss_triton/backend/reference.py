@@ -1,4 +1,4 @@
-"""The loss as its formulas say it, differentiated by autograd: what every other backend is compared with.
+"""The loss as docs/formula.md says it, differentiated by autograd: what every other backend is compared with.
 
     e = rho(pred - target);   loss = sum_b s_b sum(w e) + sum_b r_b sum(v e')
 
@@ -11,21 +11,10 @@ import torch
 
 from masked_loss_triton.backend import stages
 from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.backend.formulas import error_and_slope
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
-
-
-def elementwise_error(difference: torch.Tensor, config: MaskedLossConfig) -> torch.Tensor:
-    """Stage 8: rho(p - t), of the shape of the difference."""
-    zero = torch.zeros_like(difference)
-    if config.loss_type == "mse":
-        return difference**2
-    if config.loss_type == "huber":
-        return torch.nn.functional.huber_loss(difference, zero, reduction="none", delta=config.loss_delta)
-    if config.loss_type == "smooth_l1":
-        return torch.nn.functional.smooth_l1_loss(difference, zero, reduction="none", beta=config.loss_delta)
-    return difference.abs()
 
 
 def loss(
@@ -43,7 +32,7 @@ def loss(
     s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
 
     def term(factor: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        error = elementwise_error(pred - other, config)
+        error, _ = error_and_slope(pred - other, config.loss_type, config.loss_delta)
         return (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1) * error).sum()
 
     target_term = term(s, w, target)

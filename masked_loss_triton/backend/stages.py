@@ -1,4 +1,4 @@
-"""From a mask to weights, in plain torch: stages 0 to 7 of the loss, shared by the reference and the torch backend.
+"""From a mask to weights, in plain torch: stages 0 to 7 of docs/formula.md, shared by the reference and the torch backend.
 
     m = clamp(mask)  ->  resample  ->  binarize  ->  invert  ->  blur  ->  gamma  ->  floor  =  w;   v = the prior's region
 
@@ -9,15 +9,23 @@ formulas (kernels/stages.py) and compared with this.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from masked_loss_triton.backend.formulas import unknown
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 
 # Rounding must not create a region: float32 noise in 1 - w, divided by its own sum, would become a loss of order 1.
 SNAP = 1e-6
+
+# Stage 5, by the word of the config.
+FLOORS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "affine": lambda w, least: w * (1 - least) + least,
+    "clamp": lambda w, least: w.clamp(min=least),
+}
 
 
 def read(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -103,10 +111,10 @@ def target_and_prior_weights(
     w = snap(blur(raw, config.blur_kernel_size) if config.blur_kernel_size > 1 else raw)
     if config.gamma != 1:
         w = w**config.gamma
-    if config.min_weight and config.floor == "affine":
-        w = w * (1 - config.min_weight) + config.min_weight
-    elif config.min_weight:
-        w = w.clamp(min=config.min_weight)
+    if config.floor not in FLOORS:
+        raise unknown("floor", config.floor)
+    if config.min_weight:
+        w = FLOORS[config.floor](w, config.min_weight)
 
     if not has_prior:
         v = w.new_zeros(()).expand(w.shape)

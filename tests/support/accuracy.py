@@ -11,7 +11,7 @@ import torch
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
 from masked_loss_triton.backend.denominators import loss_factors
-from masked_loss_triton.backend.reference import elementwise_error
+from masked_loss_triton.backend.formulas import error_and_slope
 from masked_loss_triton.backend.stages import call_weights
 from masked_loss_triton.call import describe
 
@@ -23,9 +23,9 @@ WEIGHT_ROUNDING = 6e-7
 
 
 def double(value):
-    """The same argument in float64, without gradient; everything else unchanged."""
+    """The same argument in float64, without gradient. A flow target is formed in float32 first, as every backend does."""
     if isinstance(value, FlowTarget):
-        return FlowTarget(double(value.noise), double(value.latents), value.sign)
+        return (value.sign * (value.noise.detach().float() - value.latents.detach().float())).double()
     if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
         return value.detach().double()
     return value
@@ -46,22 +46,20 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
     s, r = loss_factors(*sums, inputs, config)
 
     def magnitude(factor, weight, other):
-        difference = (inputs.pred.detach() - other).requires_grad_()
-        (slope,) = torch.autograd.grad(elementwise_error(difference, config).sum(), difference)
-        slope = slope.abs()
-        exact = (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1)).abs() * slope
-        subtracts = config.invert or config.resample == "bicubic" or weight is v or config.prior_threshold is not None
-        rounding = factor.abs().view(-1, 1, 1, 1, 1) * slope * (WEIGHT_ROUNDING if subtracts else 0)
+        """(size of this term of the gradient, what the rounding of its weight may change it by), per element."""
+        factor, weight = factor.abs().view(-1, 1, 1, 1, 1), weight.unsqueeze(1)
+        slope = error_and_slope(inputs.pred.detach() - other, config.loss_type, config.loss_delta)[1].abs()
+        exact = factor * weight * slope
+        if not (config.invert or config.resample == "bicubic" or weight_is_difference(other)):
+            return exact, torch.zeros_like(exact)
         # A factor is one over a sum: where the weights of that sum are noise, so is the factor.
-        noise = WEIGHT_ROUNDING * (weight > 0).sum() / weight.sum().clamp_min(1e-30) if subtracts else 0
-        return exact, rounding + exact * noise
+        noise = WEIGHT_ROUNDING * (weight > 0).sum() / weight.sum().clamp_min(1e-30)
+        return exact, WEIGHT_ROUNDING * factor * slope + exact * noise
 
-    formed = inputs.target if inputs.latents is None else inputs.flow_sign * (inputs.target - inputs.latents)
-    size, rounding = magnitude(s, w, formed)
-    if inputs.latents is not None:
-        # noise - latents is rounded to float32 once, before pred is subtracted from it.
-        curvature = {"mse": 2.0, "l1": 0.0, "huber": 1.0, "smooth_l1": 1 / config.loss_delta}[config.loss_type]
-        rounding = rounding + (s.view(-1, 1, 1, 1, 1) * w.unsqueeze(1)).abs() * curvature * formed.abs() * 2**-24
+    def weight_is_difference(other):
+        return other is inputs.prior or config.prior_threshold is not None
+
+    size, rounding = magnitude(s, w, inputs.target)
     if inputs.prior is not None:
         more, more_rounding = magnitude(r, v, inputs.prior)
         size, rounding = size + more, rounding + more_rounding

@@ -1,0 +1,60 @@
+"""The error of one element and its slope, for each kind of loss: stage 8 of docs/formula.md as a table.
+
+The reference and the torch backend compute with it, the kernel has a branch for each name, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _mse(d: torch.Tensor, delta: float) -> Pair:
+    return d * d, 2 * d
+
+
+def _l1(d: torch.Tensor, delta: float) -> Pair:
+    return d.abs(), d.sign()
+
+
+def _huber(d: torch.Tensor, delta: float) -> Pair:
+    slope = d.clamp(-delta, delta)
+    return slope * (d - 0.5 * slope), slope
+
+
+def _smooth_l1(d: torch.Tensor, delta: float) -> Pair:
+    slope = (d / delta).clamp(-1, 1)
+    return slope * (d - (0.5 * delta) * slope), slope
+
+
+def _pseudo_huber(d: torch.Tensor, delta: float) -> Pair:
+    root = ((d / delta) ** 2 + 1).sqrt()
+    return d * d / (root + 1), d / root  # delta^2 (root - 1), without the cancellation for small d
+
+
+ERROR_AND_SLOPE: dict[str, Callable[[torch.Tensor, float], Pair]] = {
+    "mse": _mse,
+    "l1": _l1,
+    "huber": _huber,
+    "smooth_l1": _smooth_l1,
+    "pseudo_huber": _pseudo_huber,
+}
+
+
+def error_and_slope(difference: torch.Tensor, kind: str, delta: float) -> Pair:
+    """(rho(d), rho'(d)), each of the shape and dtype of the difference.
+
+    Raises:
+        ValueError: for a kind that is not in the table.
+    """
+    if kind not in ERROR_AND_SLOPE:
+        raise unknown("loss_type", kind)
+    return ERROR_AND_SLOPE[kind](difference, delta)
+
+
+def unknown(field: str, word: str) -> ValueError:
+    """The error for a word that a config accepts and a backend has no formula for."""
+    return ValueError(f"{field}={word!r} has no formula in this backend: add it beside docs/formula.md")
