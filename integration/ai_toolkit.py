@@ -1,7 +1,6 @@
 """ai-toolkit: exact weights and a right inverted mask prior. In the file extensions/masked_loss/__init__.py of the trainer:
 
     from masked_loss_triton import MaskedLossConfig
-from masked_loss_triton.config import LossType
     from masked_loss_triton.integration import ai_toolkit
     ai_toolkit.install(MaskedLossConfig(min_weight=0.05))
 
