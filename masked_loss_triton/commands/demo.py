@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     # Heavy from here on: torch, diffusers, peft, matplotlib take several seconds.
     if sys.stderr.isatty():
         print("loading torch and diffusers", end="", file=sys.stderr, flush=True)
-    from masked_loss_triton.demo.folder import check_output
+    from masked_loss_triton.demo.output import check_output
     from masked_loss_triton.demo.pipeline import Settings, run_demo
 
     if sys.stderr.isatty():

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from masked_loss_triton.demo.encoder import CHANNELS
-from masked_loss_triton.demo.tensors import write_tensors
+from masked_loss_triton.demo.output import write_tensors
 
 Model: TypeAlias = Any  # a WanTransformer3DModel: diffusers' lazy imports hide from type checkers that it is a Module
 TEXT_TOKENS = 4
@@ -63,7 +63,7 @@ def save_lora(model: Model, path: Path) -> None:
     same bytes on every run.
     """
     layers = get_peft_model_state_dict(model, adapter_name="default")
-    tensors = {f"transformer.{name}": value for name, value in layers.items()}
+    tensors = {f"transformer.{name}": value.detach().float().cpu().numpy() for name, value in layers.items()}
     adapter = {"r": LORA_RANK, "lora_alpha": LORA_RANK, "target_modules": LORA_TARGETS}
     metadata = {f"transformer.{name}": value for name, value in adapter.items()}
     write_tensors(path, tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})

@@ -1,12 +1,12 @@
 """The demo's photographs: pictures that scikit-learn and scikit-image ship, or a folder of the user's.
 
 Nothing is downloaded: the files are looked up inside the installed packages, whose download helpers are never called.
-A photograph without a mask gets one by OpenCV's GrabCut, from a rectangle round the subject.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,53 +14,45 @@ import cv2
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.grabcut import grab_cut
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
+from masked_loss_triton.generate.prompts import CENTRAL_BOX
+from masked_loss_triton.masks.frames import to_uint8
+from masked_loss_triton.masks.reading import opaque, read_mask_file, read_picture
+from masked_loss_triton.masks.sources import align_to_picture
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PHOTOS = 12  # more would not be learned in the demo's few hundred steps
 MASK_SUFFIX = "_mask"  # a user's cat.jpg may have cat_mask.png beside it
-GRABCUT_SIDE = 320  # GrabCut runs on a copy of this longest side: finer than any latent, and ten times as fast
-GRABCUT_ROUNDS = 5
-CENTRAL_MARGIN = 0.08  # of each side: the rectangle assumed for a photograph nobody drew one for
+NAME_LENGTH = 80  # characters: file systems take 255 bytes, and the caches' names add to it
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph and what is known about its subject.
+    """A photograph, uint8 (H, W, 3), upright, and its mask, uint8 (H, W), or None where `generate` has to make one.
 
-    rgb: uint8 (H, W, 3). alpha: float32 (H, W) in [0, 1], or None where GrabCut has to find it.
-    box: GrabCut's rectangle, None for the central one. sure: parts that belong to the subject for certain.
+    box: where the subject is, left, top, right, bottom as fractions of the picture.
     """
 
     name: str
     rgb: np.ndarray
-    alpha: np.ndarray | None = None
-    box: Box | None = None
-    sure: tuple[Box, ...] = ()
+    mask: np.ndarray | None = None
+    box: tuple[float, float, float, float] = CENTRAL_BOX
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A photograph inside an installed package: the square to cut out of it, then rectangles within that square."""
+    """A photograph inside an installed package: the square to cut out of it, and the subject's box within that square, both
+    left, top, right, bottom in pixels."""
 
     package: str
     path: str
-    crop: Box
-    box: Box
-    sure: tuple[Box, ...] = ()
+    crop: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]
 
 
 SUBJECTS = {
-    "astronaut": Shipped(
-        "skimage",
-        "data/astronaut.png",
-        crop=(0, 0, 512, 512),
-        box=(40, 10, 380, 505),
-        # The collar is dark and would be cut out, leaving a floating head.
-        sure=((150, 170, 280, 230), (90, 330, 250, 480)),
-    ),
+    "astronaut": Shipped("skimage", "data/astronaut.png", crop=(0, 0, 512, 512), box=(40, 10, 380, 505)),
     "coffee": Shipped("skimage", "data/coffee.png", crop=(80, 0, 480, 400), box=(5, 15, 395, 380)),
     "flower": Shipped("sklearn", "datasets/images/flower.jpg", crop=(90, 0, 517, 427), box=(70, 75, 360, 370)),
     "pagoda": Shipped("sklearn", "datasets/images/china.jpg", crop=(35, 0, 462, 427), box=(20, 20, 335, 365)),
@@ -105,12 +97,13 @@ def _read_rgb(file: Path) -> np.ndarray:
 
 
 def shipped_photos() -> list[Photo]:
-    """The subjects, cut out square, each with GrabCut's rectangle. Reads files only."""
+    """The subjects, cut out square, each with its box. Reads files only."""
     photos = []
     for name, shipped in SUBJECTS.items():
         left, top, right, bottom = shipped.crop
         rgb = _read_rgb(_shipped_file(shipped.package, shipped.path))[top:bottom, left:right]
-        photos.append(Photo(name, np.ascontiguousarray(rgb), box=shipped.box, sure=shipped.sure))
+        x0, y0, x1, y1 = (edge / len(rgb) for edge in shipped.box)
+        photos.append(Photo(name, np.ascontiguousarray(rgb), box=(x0, y0, x1, y1)))
     return photos
 
 
@@ -119,32 +112,52 @@ def world_pictures() -> list[tuple[str, np.ndarray]]:
     return [(name.split(".")[0], _read_rgb(_shipped_file("skimage", f"data/{name}"))) for name in WORLD]
 
 
-def find_subject(photo: Photo) -> np.ndarray:
-    """A soft mask of the subject by GrabCut, tidied up: no specks, no holes, an edge one or two pixels wide.
+def read_folder(folder: Path, warn: Warn) -> list[Photo]:
+    """The photographs of a folder, with the mask each has: its alpha channel, else NAME_mask.* beside it, else none yet.
 
-    Deterministic: OpenCV's random numbers are seeded before each picture.
+    Files that cannot be read are named to `warn`, in one line each, and left out.
 
-    Returns:
-        float32 (H, W) in [0, 1]; all 0 where GrabCut finds nothing.
+    Raises:
+        UserError: the folder is missing or holds no photograph that can be read.
     """
-    height, width = photo.rgb.shape[:2]
-    scale = min(1.0, GRABCUT_SIDE / max(height, width))
-    small = cv2.resize(photo.rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    labels = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
-    box = photo.box or _central_box(height, width)
-    _paint(labels, box, scale, cv2.GC_PR_FGD)
-    for part in photo.sure:
-        _paint(labels, part, scale, cv2.GC_FGD)
-    found = grab_cut(small, labels, GRABCUT_ROUNDS)
-    mask = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.clip(cv2.GaussianBlur(mask, (5, 5), 0), 0, 1)
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: {'not a folder' if folder.exists() else 'there is no such folder'}", 2)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+    stems = {file.stem for file in files}
+    masks = {file.stem: file for file in files if file.stem.endswith(MASK_SUFFIX)}
+    # dog_mask.png is a mask only where there is a dog.
+    pictures = [file for file in files if file not in masks.values() or file.stem[: -len(MASK_SUFFIX)] not in stems]
+    photos: list[Photo] = []
+    for file in pictures:
+        if len(photos) == MAX_PHOTOS:
+            warn(f"--images: only the first {MAX_PHOTOS} photographs of {folder} are used")
+            break
+        try:
+            name = _new_name(file.stem, {other.name for other in photos})
+            photo = _read_photo(name, file, masks.get(file.stem + MASK_SUFFIX))
+        except UserError as error:
+            warn(f"skipped: {error}")
+            continue
+        photos.append(photo)
+    if not photos:
+        kinds = ", ".join(extension[1:] for extension in EXTENSIONS)
+        raise UserError(f"--images {folder}: no photograph in it can be used (looked for {kinds})")
+    return photos
 
 
-def _central_box(height: int, width: int) -> Box:
-    x, y = round(width * CENTRAL_MARGIN), round(height * CENTRAL_MARGIN)
-    return x, y, width - x, height - y
+def _new_name(stem: str, taken: Collection[str]) -> str:
+    """A name for files and captions: valid text of moderate length, and not taken (cat.jpg and cat.png have one stem)."""
+    name = stem.encode(errors="replace").decode()[:NAME_LENGTH]
+    return next(new for new in (name, *(f"{name}_{i}" for i in range(2, MAX_PHOTOS + 1))) if new not in taken)
 
 
-def _paint(labels: np.ndarray, box: Box, scale: float, label: int) -> None:
-    left, top, right, bottom = (round(edge * scale) for edge in box)
-    labels[top:bottom, left:right] = label
+def _read_photo(name: str, file: Path, mask_file: Path | None) -> Photo:
+    picture = read_picture(file)
+    if picture.alpha is not None and not opaque(picture.alpha):
+        return Photo(name, picture.rgb, to_uint8(picture.alpha))
+    if mask_file is None:
+        return Photo(name, picture.rgb)
+    height, width = picture.rgb.shape[:2]
+    return Photo(
+        name, picture.rgb, align_to_picture(to_uint8(read_mask_file(mask_file)), (width, height), mask_file, None)
+    )

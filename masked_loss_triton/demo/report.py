@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from masked_loss_triton.demo.claims import Claim
-from masked_loss_triton.demo.evaluate import Scores
+from masked_loss_triton.demo.evaluation import Claim, Scores
 from masked_loss_triton.demo.template import FIGURE, PAGE
 
 COLUMNS = {

@@ -81,9 +81,9 @@ $photos
 $curves
 
 <h2>How it was made</h2>
-<p>Masks by OpenCV's GrabCut unless the photographs came with their own. They are stored as the alpha channel of a PNG, read
-back, averaged to the size of the latents, and kept in the latent caches, where training finds them: the same way they take in
-a real trainer. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
+<p>Masks by <code>masked-loss generate</code> with OpenCV's GrabCut, unless the photographs came with their own. As
+<code>masked-loss cache</code> does it, they are averaged to the size of the latents and kept in the latent caches, where training
+finds them. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
 pictures. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
 <p><strong>What it is not.</strong> No weights of a real VAE or text encoder can be shipped with a package, and none are
 downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, decoded by its transpose) and a

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from masked_loss_triton.demo.claims import check_claims
-from masked_loss_triton.demo.evaluate import Scores
+from masked_loss_triton.demo.evaluation import Scores, check_claims
 
 SHOWN = {
     "base": Scores(1.7, 1.3, 0.0, 0.0, torch.zeros(1)),

@@ -1,12 +1,20 @@
-"""The shipped photographs are on the disk, and GrabCut finds their subjects, the same ones every time."""
+"""The shipped photographs are on the disk, and a folder of the user's is read with all its oddities."""
 
 import socket
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from masked_loss_triton.demo import photos
-from masked_loss_triton.demo.photos import Photo, find_subject, shipped_photos, world_pictures
+from masked_loss_triton.demo.photos import read_folder, shipped_photos, world_pictures
+from masked_loss_triton.errors import UserError
+from tests.demo.support import half_mask, noise
+
+
+@pytest.fixture
+def warnings():
+    return []
 
 
 @pytest.fixture
@@ -35,36 +43,63 @@ def test_no_subject_is_in_the_world():
     assert not shipped & set(photos.WORLD)
 
 
-@pytest.mark.parametrize("photo", shipped_photos(), ids=lambda photo: photo.name)
-def test_grabcut_finds_a_subject_inside_its_rectangle(photo):
-    mask = find_subject(photo)
-    assert mask.shape == photo.rgb.shape[:2]
-    assert mask.dtype == np.float32
-    assert mask.min() >= 0
-    assert mask.max() <= 1
-    left, top, right, bottom = photo.box
-    assert mask[top:bottom, left:right].mean() > 0.4
-    outside = mask.copy()
-    # Ten pixels: the mask is found on a smaller copy, closed and blurred.
-    outside[max(top - 10, 0) : bottom + 10, max(left - 10, 0) : right + 10] = 0
-    assert outside.max() == 0
+def test_a_folder_gives_alpha_first_then_the_mask_beside_then_none(tmp_path, warnings):
+    alpha = half_mask(40, 40)
+    Image.fromarray(np.dstack([noise(40, 40), alpha])).save(tmp_path / "a_alpha.png")
+    Image.fromarray(noise(40, 40)).save(tmp_path / "b_beside.jpg")
+    Image.fromarray(np.kron(alpha, np.ones((2, 2), np.uint8))).save(tmp_path / "b_beside_mask.png")
+    Image.fromarray(np.dstack([noise(40, 40), np.full((40, 40), 255, np.uint8)])).save(tmp_path / "c_opaque.png")
+    Image.fromarray(noise(40, 40)).save(tmp_path / "gas_mask.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    found = {photo.name: photo for photo in read_folder(tmp_path, warnings.append)}
+    assert list(found) == ["a_alpha", "b_beside", "c_opaque", "gas_mask"]
+    np.testing.assert_array_equal(found["a_alpha"].mask, half_mask(40, 40))
+    np.testing.assert_array_equal(found["b_beside"].mask, half_mask(40, 40))
+    assert found["c_opaque"].mask is None
+    assert found["gas_mask"].mask is None
+    assert not warnings
 
 
-def test_grabcut_finds_the_same_mask_again():
-    photo = shipped_photos()[0]
-    assert np.array_equal(find_subject(photo), find_subject(photo))
+def test_a_broken_file_is_named_in_one_line_and_skipped(tmp_path, warnings):
+    Image.fromarray(noise(40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (tmp_path / "empty.jpg").touch()
+    assert [photo.name for photo in read_folder(tmp_path, warnings.append)] == ["good"]
+    assert len(warnings) == 2
+    for warning, name in zip(warnings, ("broken.png", "empty.jpg"), strict=True):
+        assert name in warning
+        assert "\n" not in warning
 
 
-def test_an_unknown_photograph_is_searched_from_its_centre():
-    rgb = np.full((120, 160, 3), (40, 90, 160), np.uint8)
-    rgb[30:90, 50:110] = (220, 120, 30)
-    rgb += np.random.default_rng(0).integers(0, 8, rgb.shape, dtype=np.uint8)
-    mask = find_subject(Photo("square", rgb))
-    assert mask[40:80, 60:100].min() > 0.9
-    assert mask[:20].max() < 0.1
+def test_two_files_of_one_stem_get_two_names(tmp_path, warnings):
+    for name in ("cat.jpg", "cat.png"):
+        Image.fromarray(noise(40, 40)).save(tmp_path / name)
+    assert [photo.name for photo in read_folder(tmp_path, warnings.append)] == ["cat", "cat_2"]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (7, 7)])
-def test_a_picture_too_small_for_grabcut_gives_some_mask(size):
-    mask = find_subject(Photo("tiny", np.zeros((*size, 3), np.uint8)))
-    assert mask.shape == size
+def test_names_that_are_long_or_not_text_are_made_usable(tmp_path, warnings):
+    for name in ("x" * 200 + ".png", "bad\udcff.png"):
+        Image.fromarray(noise(40, 40)).save(tmp_path / name)
+    names = [photo.name for photo in read_folder(tmp_path, warnings.append)]
+    assert names == ["bad?", "x" * 80]
+
+
+def test_a_folder_of_many_photographs_is_cut_short_and_says_so(tmp_path, warnings):
+    for i in range(15):
+        Image.fromarray(noise(16, 16)).save(tmp_path / f"{i:02}.png")
+    assert len(read_folder(tmp_path, warnings.append)) == 12
+    assert "first 12" in warnings[0]
+
+
+def test_a_folder_without_a_usable_photograph_is_an_error(tmp_path, warnings):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no photograph in it can be used"):
+        read_folder(tmp_path, warnings.append)
+
+
+def test_a_mask_of_another_shape_than_its_photograph_is_named_and_skipped(tmp_path, warnings):
+    Image.fromarray(noise(40, 40)).save(tmp_path / "a.png")
+    Image.fromarray(half_mask(40, 60)).save(tmp_path / "a_mask.png")
+    Image.fromarray(noise(40, 40)).save(tmp_path / "b.png")
+    assert [photo.name for photo in read_folder(tmp_path, warnings.append)] == ["b"]
+    assert "a_mask.png is 60x40 but its picture was 40x40" in warnings[0]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from masked_loss_triton.demo import model, training
-from masked_loss_triton.demo.evaluate import Test
-from masked_loss_triton.demo.training import WAYS, Examples, draws, noisy_latents, tune
+from masked_loss_triton.demo import model, tuning
+from masked_loss_triton.demo.evaluation import Test
+from masked_loss_triton.demo.tuning import WAYS, Examples, draws, noisy_latents, tune
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_the_teacher_is_the_base_model(base, subjects):
     with torch.no_grad():
         expected = model.predict(base, subjects.latents, time, text)
         student = model.predict(tuned, subjects.latents, time, text)
-    teacher = training._teacher(tuned, subjects.latents, time, text)
+    teacher = tuning._teacher(tuned, subjects.latents, time, text)
     assert torch.equal(teacher, expected)
     assert not torch.equal(student, expected)
 

@@ -23,7 +23,7 @@ LORA_LEARNING_RATE = 1e-2
 WARM_UP = 10  # steps
 CROPS_PER_PICTURE = 12
 
-Report = Callable[[int, float], None]  # step (from 1) and its loss
+AfterStep = Callable[[int, float], None]  # gets the step (from 1) and its loss
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,18 @@ def noisy_latents(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     return (1 - t) * latents + t * noise
 
 
-def train_base(model: Model, world: Examples, steps: int, seed: int, backend: str, report: Report) -> None:
+def train_base(model: Model, world: Examples, steps: int, seed: int, backend: str, after_step: AfterStep) -> None:
     """Trains all of `model`, in place, on the world, without masks."""
     way = Way("base", "base model", MaskedLossConfig(), uses_mask=False)
-    _train(model, world, way, draws(world, steps, seed), steps, BASE_LEARNING_RATE, backend, report)
+    _train(model, world, way, draws(world, steps, seed), steps, BASE_LEARNING_RATE, backend, after_step)
 
 
-def tune(model: Model, subjects: Examples, way: Way, steps: int, seed: int, backend: str, report: Report) -> None:
+def tune(
+    model: Model, subjects: Examples, way: Way, steps: int, seed: int, backend: str, after_step: AfterStep
+) -> None:
     """Trains the LoRA of `model`, in place, on the subjects in one way. The same seed gives every way the same noise and
     times; the loss is all that differs."""
-    _train(model, subjects, way, draws(subjects, steps, seed), steps, LORA_LEARNING_RATE, backend, report)
+    _train(model, subjects, way, draws(subjects, steps, seed), steps, LORA_LEARNING_RATE, backend, after_step)
 
 
 def _train(
@@ -120,7 +122,7 @@ def _train(
     steps: int,
     learning_rate: float,
     backend: str,
-    report: Report,
+    after_step: AfterStep,
 ) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -138,7 +140,7 @@ def _train(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(step + 1, loss.item())
+        after_step(step + 1, loss.item())
     model.eval()
 
 

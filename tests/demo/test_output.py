@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from masked_loss_triton.demo.folder import MADE_BY, REPORT, check_output, complete_folder
+from masked_loss_triton.demo.output import MADE_BY, REPORT, check_output, complete_folder
 from masked_loss_triton.errors import UserError
 
 

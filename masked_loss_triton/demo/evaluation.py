@@ -1,15 +1,15 @@
-"""What a tuned model learned, measured on noise and times that no training saw."""
+"""What a tuned model learned, measured on noise and times that no training saw, and what the demo claims of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from masked_loss_triton.demo.model import Model, captions, predict
-from masked_loss_triton.demo.training import Examples, noisy_latents
+from masked_loss_triton.demo.tuning import Examples, noisy_latents
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 NOISES = 2  # per photograph and time
@@ -91,3 +91,36 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> float:
     """In float64, each photograph counting by its share of the weight, as the loss itself counts."""
     values, weights = values.double(), weights.double()
     return float((values * weights).sum() / weights.sum())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`key` is its name in report.json; `text` the sentence for people."""
+
+    key: str
+    text: str
+    holds: bool
+
+
+def check_claims(scores: Mapping[str, Scores]) -> list[Claim]:
+    """The claims, for the scores of "base" and of the four ways by their keys. Nothing is rounded in favour of a claim."""
+    base, plain, mask = scores["base"], scores["no_mask"], scores["mask"]
+    floor, prior = scores["mask_min_weight"], scores["mask_prior"]
+    least_of_others = min(plain.drift_outside, mask.drift_outside, floor.drift_outside)
+    return [
+        Claim(
+            "every_way_learns_the_subject",
+            "Every way of tuning lowers the error inside the mask.",
+            max(way.inside for way in (plain, mask, floor, prior)) < base.inside,
+        ),
+        Claim(
+            "mask_learns_the_inside_as_well_or_better",
+            "With the mask the inside is learned as well as or better than without.",
+            mask.inside <= plain.inside,
+        ),
+        Claim(
+            "prior_drifts_least_outside",
+            "With the prior the outside drifts least from the base model.",
+            prior.drift_outside < least_of_others,
+        ),
+    ]
