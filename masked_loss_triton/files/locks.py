@@ -175,7 +175,7 @@ def _acquire(path: Path, command: str, party: str) -> tuple[Path | None, int | N
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _about(command, party))
-            keep = True
+            keep = not party or try_lock(descriptor, shared=True) is True
         return (path, descriptor) if keep else None
     finally:
         if not keep:

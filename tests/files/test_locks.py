@@ -131,7 +131,7 @@ PARTY = """
 import sys
 from masked_loss_triton.files import locks
 {patch}
-with locks.folder_lock(sys.argv[1], sys.argv[2], party=sys.argv[3]):
+with locks.folder_lock(sys.argv[1], sys.argv[2], party=sys.argv[3], longest_wait=20):
     print("held", flush=True)
     sys.stdin.readline()
 """
