@@ -52,7 +52,6 @@ LARGE = "16x33x90x160"
 ODD = ("16x1x26x38", "16x1x42x24", MAIN, LARGE)
 
 MASKS = ("latent", "one frame", "pixels", "pixels uint8", "none")
-MEMORY = ("contiguous", "channels last", "layered")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

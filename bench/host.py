@@ -23,7 +23,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from bench.cases import Call, Case, build
-from bench.launches import DEVICES, multiprocessors
+from bench.lab.launches import DEVICES, multiprocessors
 from bench.recipes import RECIPES
 from masked_loss_triton import loss as public
 
@@ -125,13 +125,17 @@ def report(rounds: int = 30) -> list[dict[str, float | str]]:
     return rows
 
 
+def rows(full: bool) -> list[dict[str, float | str]]:
+    return report()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=30, help="rounds of 100 calls (default: 30)")
     columns = ("forward", "both", "ours", "lookup", "driver")
-    rows = report(parser.parse_args(arguments).rounds)
+    found = report(parser.parse_args(arguments).rounds)
     print(f"{'microseconds':<55}" + "".join(f"{column:>11}" for column in columns))
-    for row in rows:
+    for row in found:
         cells = [row.get(column, "") for column in columns]
         line = "".join(f"{cell:>11}" if isinstance(cell, str) else f"{cell:>11.0f}" for cell in cells)
         print(f"{row['case']:<24}{row['loss']:<31}{line}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -184,10 +183,3 @@ def seconds(
         end.record()
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
-
-
-def copy_bandwidth(bytes_moved: int, device: torch.device) -> float:
-    """Bytes per second of copying between two tensors that exist, reading and writing `bytes_moved` together."""
-    source = torch.empty(bytes_moved // 2, dtype=torch.uint8, device=device).fill_(1)
-    destination = torch.empty_like(source).fill_(2)
-    return bytes_moved / statistics.median(seconds(lambda: destination.copy_(source), device))

@@ -24,7 +24,7 @@ from masked_loss_triton import masked_loss
 
 Tensor = torch.Tensor
 FP32, BF16 = torch.float32, torch.bfloat16
-BEST = "blissful"  # of the eager recipes it moves the fewest bytes (python -m bench.ledger), and means what our default means
+BEST = "blissful"  # of the eager recipes it moves the fewest bytes (python -m bench.lab.ledger), and means what our default means
 PARTS = ("forward", "backward", "both")
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import emulate
+from bench.lab import emulate
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +29,7 @@ CHECKED = (
 
 @pytest.fixture(scope="module")
 def results():
-    command = [sys.executable, "-m", "bench.emulate", "--json"]
+    command = [sys.executable, "-m", "bench.lab.emulate", "--json"]
     for name in CHECKED:
         command += ["--case", name]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -66,5 +66,5 @@ def test_executed_bytes_are_those_of_the_ledger(results, name):
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_backward_by_one_does_not_touch_the_gradient(results, name):
-    """bench/ledger.py counts on it."""
+    """bench/lab/ledger.py counts on it."""
     assert not any(tensor.startswith("scale_kernel.gradient") for tensor in results[name]["moved"])

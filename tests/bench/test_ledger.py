@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.cases import MAIN, Case
-from bench.ledger import count, of_recipe, of_torch_backend
+from bench.lab.ledger import count, of_recipe, of_torch_backend
 from bench.measures import Counting, distinct_bytes
 from bench.recipes import RECIPES
 
@@ -19,7 +19,7 @@ LATENTS = (MAIN, "16x33x90x160", "16x1x26x38", "48x31x44x80")
 @pytest.fixture(scope="module")
 def ledger():
     """The ledger of a process without the interpreter, where launches can be taken down; {(name, latents, prior): entry}."""
-    command = [sys.executable, "-m", "bench.ledger", "--json"]
+    command = [sys.executable, "-m", "bench.lab.ledger", "--json"]
     for latents in LATENTS:
         command += ["--latents", latents]
     hidden = ("TRITON_INTERPRET", "EMULATOR", "TINYGRAD")

@@ -10,6 +10,7 @@ from bench import report
 from bench.cases import Case, build
 from bench.environment import environment, slug
 from bench.plots import is_eager
+from bench.suites import loss_row
 
 
 def measured(loss, part="both", time=1e-3):
@@ -17,7 +18,7 @@ def measured(loss, part="both", time=1e-3):
     info |= dict(
         latents="16x21x60x104", dtype="fp32", mask="latent", prior=False, device_type="cpu", peak_bytes=1_000_000
     )
-    return report.loss_row(info, {"min": time, "median": 2 * time, "iqr": 0.0, "rounds": 10})
+    return loss_row(info, {"min": time, "median": 2 * time, "iqr": 0.0, "rounds": 10})
 
 
 @pytest.fixture

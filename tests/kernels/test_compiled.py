@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.budgets import REGISTERS
 from bench.cases import build
-from bench.variants import TARGETS, VARIANTS
+from bench.lab.budgets import REGISTERS
+from bench.lab.variants import TARGETS, VARIANTS
 from masked_loss_triton.kernels.loss import LossLaunch
 
-# The subset that fits into two minutes; `python -m bench.compiled` and `python -m bench.gate` do all variants on all targets.
+# The subset that fits into two minutes; `python -m bench.lab.compiled` and `bench.lab.gate` do all variants on all targets.
 CHECKED = ("main", "prior", "prior bf16", "flow", "26x38", "pixels uint8 bf16")
 CUDA = [target for target in TARGETS if target.startswith("sm_")]
 
@@ -33,7 +33,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def rows():
-    command = ["bench.compiled", "--json", "-"]
+    command = ["bench.lab.compiled", "--json", "-"]
     for variant in CHECKED:
         command += ["--variant", variant]
     finished = run(*command)
@@ -94,13 +94,13 @@ def test_expected_width_is_128_bits_on_all_but_the_oddest_rows():
 @pytest.mark.slow
 def test_cuxray_finds_no_spill_and_no_unexplained_access_in_any_variant():
     pytest.importorskip("cuxray", reason="cuxray is not installed: pip install -e '.[bench]'")
-    finished = run("bench.gate", "--target", "sm_90")
+    finished = run("bench.lab.gate", "--target", "sm_90")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     kernels, violations, accesses = (int(number) for number in re.findall(r"\d+", finished.stdout.splitlines()[0]))
     assert kernels > len(VARIANTS)  # one of the loss for each, and one of the weights for several
     assert (violations, accesses) == (0, 0)
     finished = run(
-        "bench.gate", "--target", "sm_100", "--variant", "prior bf16", "--variant", "layered bf16 flow prior"
+        "bench.lab.gate", "--target", "sm_100", "--variant", "prior bf16", "--variant", "layered bf16 flow prior"
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
@@ -109,7 +109,7 @@ def test_cuxray_finds_no_spill_and_no_unexplained_access_in_any_variant():
 ODD = """
 import torch
 from bench.cases import Call
-from bench.launches import DEVICES, launches_of
+from bench.lab.launches import DEVICES, launches_of
 from masked_loss_triton import MaskedLossConfig
 def compiled(shape, mask, config=MaskedLossConfig(), **prior):
     pred = torch.randn(shape, requires_grad=True)

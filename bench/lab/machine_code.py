@@ -19,7 +19,7 @@ from typing import Any
 
 import triton
 
-from bench.launches import Device
+from bench.lab.launches import Device
 from masked_loss_triton.kernels import loss as loss_kernels
 
 NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

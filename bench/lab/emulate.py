@@ -1,6 +1,6 @@
 """Runs the compiled kernels, instruction by instruction, on a CPU: results against the float64 reference, bytes, sectors, bounds.
 
-    EMULATOR=/folder/of/run_amd.py TINYGRAD=/a/tinygrad/checkout python -m bench.emulate [--all]
+    EMULATOR=/folder/of/run_amd.py TINYGRAD=/a/tinygrad/checkout python -m bench.lab.emulate [--all]
 
 The emulator (clang, a tinygrad checkout for its RDNA3 instruction model, and the harness run_amd.py) executes what Triton compiles
 for gfx1100 and refuses any access outside the tensors. It counts bytes exactly and says how full the 32-byte sectors of each access
@@ -128,7 +128,7 @@ def shortened(case: Case) -> Case:
 
 def run(name: str, case: Case) -> Result:
     """One forward and backward with upstream gradient 1, as `loss.backward()` gives."""
-    from bench.launches import Launch, fused_loss, multiprocessors, recorded
+    from bench.lab.launches import Launch, fused_loss, multiprocessors, recorded
 
     emulator = _emulator()
     call = build(case)
@@ -280,8 +280,38 @@ def table(results: Iterator[Result] | list[Result]) -> Iterator[str]:
         )
 
 
+def rows(full: bool) -> list[dict[str, Any]]:
+    """Of the report: every case, shortened; none where there is no emulator, which is said."""
+    if reason := why_unavailable():
+        print(f"no emulator, so no rows from executed code: {reason}")
+        return []
+    found = []
+    for result in report(list(CASES), full):
+        fullness = {
+            tensor: traffic.fullness for (kernel, tensor), traffic in result.traffic.items() if kernel == "loss_kernel"
+        }
+        mask = result.traffic.get(("weights_kernel", "mask"))
+        found.append(
+            {
+                "case": result.name,
+                "launches": result.launches,
+                "bytes_n": result.moved / result.bytes_of_pred,
+                "distinct_bytes_n": result.distinct / result.bytes_of_pred,
+                "loss_error": result.loss_error,
+                "gradient_error_over_allowed": result.gradient_error,
+                "instructions_per_element": result.instructions / result.elements,
+                **{
+                    f"sectors_full_{name}": fullness.get(name, "")
+                    for name in ("pred", "target", "prior", "latents", "gradient")
+                },
+                "sectors_full_mask": mask.fullness if mask else "",
+            }
+        )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lab.emulate", description=__doc__.split("\n")[0])
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; default: every case")
     parser.add_argument("--all", action="store_true", help="all frames of the long latents (minutes)")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")

@@ -1,6 +1,6 @@
 """cuxray's gate over the kernels: no spills, no stack, registers within the budget, no unexplained uncoalesced access.
 
-    python -m bench.gate                       # every variant, every CUDA target; exit status 1 when something is violated
+    python -m bench.lab.gate                       # every variant, every CUDA target; exit status 1 when something is violated
 
 cuxray (PyPI) analyses the machine code and needs no GPU. It fetches nothing here: its tools are those of the Triton wheel.
 """
@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-from bench.budgets import REGISTERS
 from bench.cases import build
-from bench.launches import DEVICES, launches_of
-from bench.machine_code import NVIDIA_TOOLS, tensor_at, tool, with_true_lines
-from bench.variants import VARIANTS
+from bench.lab.budgets import REGISTERS
+from bench.lab.launches import DEVICES, launches_of
+from bench.lab.machine_code import NVIDIA_TOOLS, tensor_at, tool, with_true_lines
+from bench.lab.variants import VARIANTS
 
 CUDA_TARGETS = [name for name in DEVICES if name.startswith("sm_")]
 
@@ -115,7 +115,7 @@ def _cuxray(*arguments: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lab.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; default: all")
     parser.add_argument("--target", action="append", choices=CUDA_TARGETS, help="may be repeated; default: all")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Compiled-code report: every kernel variant that matters, compiled for five GPUs with no GPU.
 
-    python -m bench.compiled                          # all variants, all targets: a table
-    python -m bench.compiled --variant main --target sm_90 --json -
+    python -m bench.lab.compiled                          # all variants, all targets: a table
+    python -m bench.lab.compiled --variant main --target sm_90 --json -
 
 Triton cross-compiles; the arguments are those that the launchers give for real latents (launches.py). What must hold is checked by
 tests/kernels/test_compiled.py.
@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bench.cases import build
-from bench.launches import DEVICES, Launch, launches_of
-from bench.machine_code import MachineCode, analyse
-from bench.variants import VARIANTS
+from bench.lab.launches import DEVICES, Launch, launches_of
+from bench.lab.machine_code import MachineCode, analyse
+from bench.lab.variants import VARIANTS
 
 
 @dataclasses.dataclass
@@ -80,8 +80,23 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+FEW_VARIANTS = (
+    "main", "main bf16", "main fp16", "prior", "prior bf16", "flow", "stages", "pixels uint8 bf16", "blur", "channels last",
+    "26x38", "26x38 bf16", "42x24",
+)  # fmt: skip
+
+
+def rows(full: bool) -> list[dict[str, Any]]:
+    """Of the report, on all targets."""
+    plain = []
+    for row in report(VARIANTS if full else FEW_VARIANTS, DEVICES):
+        texts = dict(grid="x".join(map(str, row.grid)), loads=widths(row.code.loads), stores=widths(row.code.stores))
+        plain.append(row.to_dict() | texts)
+    return plain
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lab.compiled", description=__doc__.split("\n")[0])
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated; default: all")
     parser.add_argument("--target", action="append", choices=DEVICES, help="may be repeated; default: all")
     parser.add_argument("--kernel", help="only kernels of this name")
@@ -89,14 +104,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", metavar="FILE", help="write rows as JSON lines instead of a table; - is standard output"
     )
     options = parser.parse_args(arguments)
-    rows = report(options.variant or VARIANTS, options.target or DEVICES)
-    rows = (row for row in rows if options.kernel in (None, row.kernel))
+    found = report(options.variant or VARIANTS, options.target or DEVICES)
+    found = (row for row in found if options.kernel in (None, row.kernel))
     if options.json:
         with open(options.json, "w") if options.json != "-" else sys.stdout as out:
-            for row in rows:
+            for row in found:
                 out.write(json.dumps(row.to_dict()) + "\n")
     else:
-        print(table(rows))
+        print(table(found))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Traffic ledger: bytes, launches, synchronisations and memory of forward and backward, ours and the recipes of the peers. No GPU.
 
-    python -m bench.ledger [--latents 16x21x60x104] [--dtype fp32] [--json]
+    python -m bench.lab.ledger [--latents 16x21x60x104] [--dtype fp32] [--json]
 
 The recipes and our torch backend are counted operation by operation on meta tensors (measures.py). Our triton backend is counted
 from the launches that its launchers make: every tensor given to a kernel is read or written once by it. With EMULATOR and TINYGRAD
@@ -13,11 +13,12 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.cases import LATENTS, MAIN, Call, Case, build
+from bench.cases import LARGE, LATENTS, MAIN, Call, Case, build
 from bench.measures import Counting, Counts, distinct_bytes
 from bench.recipes import RECIPES
 from masked_loss_triton.backend import closed_form
@@ -74,7 +75,7 @@ def of_torch_backend(case: Case) -> Counts:
 
 def of_kernels(case: Case, multiprocessors: int = 132) -> Counts:
     """The triton backend, on a device with so many multiprocessors."""
-    from bench import launches
+    from bench.lab import launches
 
     call: Call = build(case, "meta", filled=False)
     with launches.multiprocessors(multiprocessors), launches.recorded() as recorded:
@@ -109,7 +110,7 @@ def ledger(case: Case, emulated: bool = False) -> Iterator[Entry]:
     yield entry("ours, without Triton", case, of_torch_backend(case))
     executed = None
     if emulated:
-        from bench.emulate import run, shortened
+        from bench.lab.emulate import run, shortened
 
         short = shortened(case)
         executed = run(case.name, short).moved / short.bytes_of_pred
@@ -129,14 +130,28 @@ def table(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
+def rows(full: bool) -> list[dict[str, Any]]:
+    """Of the report: the entries of the usual cases, or of more."""
+    from bench.lab.emulate import why_unavailable
+
+    entries: list[Entry] = []
+    for latents in (MAIN, LARGE, "16x1x26x38") if full else (MAIN,):
+        for dtype in ("fp32", "bf16"):
+            for prior in (False, True):
+                case = Case(latents=latents, dtype=DTYPES[dtype], prior=prior)
+                entries += ledger(case, emulated=why_unavailable() is None and not prior)
+    plain = map(dataclasses.asdict, entries)
+    return [{name: "" if value is None else value for name, value in entry.items()} for entry in plain]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.ledger", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lab.ledger", description=__doc__.split("\n")[0])
     parser.add_argument("--latents", choices=LATENTS, action="append", help=f"may be repeated; default: {MAIN}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--mask", default="latent", help="see bench/cases.py")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    from bench.emulate import why_unavailable
+    from bench.lab.emulate import why_unavailable
 
     entries: list[Entry] = []
     for latents in options.latents or [MAIN]:
