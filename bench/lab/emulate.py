@@ -1,32 +1,32 @@
 """Runs the compiled kernels, instruction by instruction, on a CPU: results against the float64 reference, bytes, sectors, bounds.
 
-    EMULATOR=/folder/of/run_amd.py TINYGRAD=/a/tinygrad/checkout python -m bench.lab.emulate [--all]
+    TINYGRAD=/a/tinygrad/checkout python -m bench.lab.emulate [--all]
 
-The emulator (clang, a tinygrad checkout for its RDNA3 instruction model, and the harness run_amd.py) executes what Triton compiles
-for gfx1100 and refuses any access outside the tensors. It counts bytes exactly and says how full the 32-byte sectors of each access
-are; it has no clock. It runs about 10^5 elements a second, so long latents are shortened in time unless --all is given.
+emulator/ executes what Triton compiles for gfx1100 and refuses any access outside the tensors. It counts bytes exactly and says how
+full the 32-byte sectors of each access are; it has no clock. It runs about 10^5 elements a second, so long latents are shortened in
+time unless --all is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
-import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from triton.backends.compiler import GPUTarget
 
 from bench.cases import LATENTS, Call, Case, Latents, build
+from bench.lab.emulator import why_unavailable
+from bench.lab.emulator.memory import Traffic
 from masked_loss_triton import MaskedLossConfig, masked_loss
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MULTIPROCESSORS = 132  # those of an H100: the launchers split small inputs by them
-SECTOR = 32  # bytes
+TARGET = GPUTarget("hip", "gfx1100", 32)
 
 # Frames are cut so that each case stays below 400,000 elements: rows and planes keep their real alignment.
 SHORT = {"16x21x60x104": 3, "16x33x90x160": 1, "16x7x68x120": 2}
@@ -58,20 +58,6 @@ CASES = {
     "26x38 channels last": Case(latents="16x1x26x38", memory="channels last"),
     "7x68x120 layered": Case(latents="16x7x68x120", memory="layered"),
 }
-
-
-@dataclasses.dataclass
-class Traffic:
-    """Of one tensor in one launch."""
-
-    loaded: int = 0
-    stored: int = 0
-    sectors: int = 0  # touched by each instruction of a wave, summed
-
-    @property
-    def fullness(self) -> float:
-        """Bytes asked for over bytes of the sectors that were moved for them."""
-        return (self.loaded + self.stored) / max(1, SECTOR * self.sectors)
 
 
 @dataclasses.dataclass
@@ -107,14 +93,6 @@ class Result:
         return plain
 
 
-def why_unavailable() -> str | None:
-    """None, or why the emulator cannot be used here."""
-    for name in ("EMULATOR", "TINYGRAD"):
-        if not os.path.isdir(os.environ.get(name, "")):
-            return f"set {name} to the folder of {'run_amd.py' if name == 'EMULATOR' else 'a tinygrad checkout'}"
-    return None
-
-
 def shortened(case: Case) -> Case:
     """The same case with fewer frames, if it would take minutes."""
     frames = SHORT.get(case.latents)
@@ -128,27 +106,24 @@ def shortened(case: Case) -> Case:
 
 def run(name: str, case: Case) -> Result:
     """One forward and backward with upstream gradient 1, as `loss.backward()` gives."""
+    from bench.lab.emulator import machine
     from bench.lab.launches import Launch, fused_loss, multiprocessors, recorded
 
-    emulator = _emulator()
     call = build(case)
-    traffic: dict[tuple[str, str], Traffic] = collections.defaultdict(Traffic)
-    distinct: dict[tuple[int, str], int] = {}
+    traffic: dict[tuple[str, str], Traffic] = {}
+    distinct: dict[tuple[int, int], int] = {}
     instructions = 0
 
     def execute(launch: Launch) -> None:
         nonlocal instructions
-        stats = emulator.run(launch.kernel, launch.grid, launch.arguments, **launch.options)
-        instructions += stats.inst
-        for tensor, (loaded, stored) in stats.per_tensor.items():
-            counted = traffic[launch.name, tensor.removesuffix("_ptr")]
-            counted.loaded += loaded
-            counted.stored += stored
-            counted.sectors += stats.sectors[tensor]
-        for tensor, count in stats.unique_bytes.items():
-            storage = launch.arguments[tensor].untyped_storage().data_ptr()
+        done = machine.run(launch.compile(TARGET), launch.grid, launch.passed(TARGET))
+        instructions += done.instructions
+        for tensor, counted in done.traffic.items():
+            traffic[launch.name, tensor] = traffic.get((launch.name, tensor), Traffic()) + counted
+            storage = launch.tensors[tensor].untyped_storage().data_ptr()
             # Read by one kernel and by the next is counted twice: between two launches a cache may have lost it.
-            distinct[len(launches), f"{storage}"] = max(count, distinct.get((len(launches), f"{storage}"), 0))
+            place = len(launches), storage
+            distinct[place] = max(counted.distinct, distinct.get(place, 0))
 
     with multiprocessors(MULTIPROCESSORS), recorded(execute) as launches, _poisoned_outputs():
         loss = fused_loss(call)
@@ -160,7 +135,7 @@ def run(name: str, case: Case) -> Result:
         elements=call.pred.numel(),
         bytes_of_pred=case.bytes_of_pred,
         launches=len(launches),
-        traffic=dict(traffic),
+        traffic=traffic,
         distinct=sum(distinct.values()),
         loss_error=abs(loss.item() - expected) / abs(expected),
         gradient_error=_gradient_error(call.pred.grad, gradient, size, case),
@@ -216,45 +191,6 @@ class _poisoned_outputs:
 
     def __exit__(self, *_: Any) -> None:
         torch.empty, torch.empty_like = self.originals
-
-
-def _emulator() -> Any:
-    """The module run_amd, its Stats counting sectors for each tensor."""
-    reason = why_unavailable()
-    if reason:
-        raise RuntimeError(f"no emulator: {reason}")
-    folder = os.environ["EMULATOR"]
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    module = importlib.import_module("run_amd")
-    if not hasattr(module.Stats, "sectors"):
-        module.Stats = _with_sectors_by_tensor(module.Stats)
-    return module
-
-
-def _with_sectors_by_tensor(plain: Any) -> Any:
-    """The harness adds an instruction's bytes to per_tensor[name] and then its sectors to one sum: this remembers the name."""
-
-    class Remembering(collections.defaultdict):
-        last = ""
-
-        def __getitem__(self, name: str) -> Any:
-            self.last = name
-            return super().__getitem__(name)
-
-    class Stats(plain):
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            self.sectors: collections.Counter[str] = collections.Counter()
-            super().__init__(*args, **keywords)
-            self.per_tensor = Remembering(lambda: [0, 0])
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name in ("load_sectors", "store_sectors") and (added := value - getattr(self, name, 0)):
-                self.sectors[self.per_tensor.last] += added
-            super().__setattr__(name, value)
-
-    Stats.sectors = None
-    return Stats
 
 
 def report(names: list[str], full: bool) -> Iterator[Result]:

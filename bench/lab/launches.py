@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -78,6 +79,22 @@ class Launch:
 
     def compile(self, target: GPUTarget) -> Any:
         """The compiled kernel for a target, specialised as the JIT would for these arguments."""
+        packed, signature, constants, attributes = self._specialised(target)
+        key = (self.kernel.cache_key, repr((signature, constants, attributes, packed, target)))
+        if key not in _compiled:
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            _compiled[key] = triton.compile(source, target=target, options=packed.__dict__)
+        return _compiled[key]
+
+    def passed(self, target: GPUTarget) -> dict[str, Any]:
+        """The leaves that are passed to the compiled kernel, and are not constants of its code."""
+        kinds = tree_leaves(list(self._specialised(target)[1].values()))
+        return {
+            name: leaf for (name, leaf), kind in zip(self.leaves.items(), kinds, strict=True) if kind != "constexpr"
+        }
+
+    def _specialised(self, target: GPUTarget) -> tuple[Any, ...]:
+        """(options, signature, constants, attributes)."""
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         keywords = dict(self.options, debug=False)
@@ -85,14 +102,12 @@ class Launch:
             keywords.pop("maxnreg", None)  # as the launchers leave it out there
         bound, specialization, options = bind(**self.arguments, **keywords)
         # Private, but the only way to follow the JIT through its versions; tested with Triton 3.7 and 3.8.
-        packed, signature, constants, attributes = self.kernel._pack_args(
-            backend, keywords, bound, specialization, options
-        )
-        key = (self.kernel.cache_key, repr((signature, constants, attributes, packed, target)))
-        if key not in _compiled:
-            source = ASTSource(self.kernel, signature, constants, attributes)
-            _compiled[key] = triton.compile(source, target=target, options=packed.__dict__)
-        return _compiled[key]
+        return self.kernel._pack_args(backend, keywords, bound, specialization, options)
+
+
+# Triton's own cache would return code whose line numbers are those of an older file: its key is the text of the function.
+triton.knobs.compilation.always_compile = True
+_compiled: dict[Any, Any] = {}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -117,11 +132,6 @@ def _detached(value: Any) -> Any:
     if hasattr(value, "_make"):
         return value._make(map(_detached, value))
     return value
-
-
-# Triton's own cache would return code whose line numbers are those of an older file: its key is the text of the function.
-triton.knobs.compilation.always_compile = True
-_compiled: dict[Any, Any] = {}
 
 
 def multiprocessors(count: int) -> contextlib.AbstractContextManager[Any]:
