@@ -3,7 +3,7 @@
     python -m bench.lab.ledger [--latents 16x21x60x104] [--dtype fp32] [--json]
 
 The recipes and our torch backend are counted operation by operation on meta tensors (measures.py). Our triton backend is counted
-from the launches that its launchers make: every tensor given to a kernel is read or written once by it. With EMULATOR and TINYGRAD
+from the launches that its launchers make: every tensor given to a kernel is read or written once by it. With TINYGRAD
 set (emulate.py) the compiled code is also executed, on shortened latents, and its own accesses are counted beside that.
 """
 

@@ -22,7 +22,7 @@ def ledger():
     command = [sys.executable, "-m", "bench.lab.ledger", "--json"]
     for latents in LATENTS:
         command += ["--latents", latents]
-    hidden = ("TRITON_INTERPRET", "EMULATOR", "TINYGRAD")
+    hidden = ("TRITON_INTERPRET", "TINYGRAD")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
