@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
-from masked_loss_triton.kernels.operands import Operand, Walk, offsets_of
+from masked_loss_triton.kernels.operands import Operand, Walk, mask_steps, offsets_of
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
@@ -31,20 +31,12 @@ from masked_loss_triton.kernels.stages import (
     split_position,
     target_and_prior_weight,
 )
-from masked_loss_triton.kernels.sums import STATS, Normalization, Sample, factors, sum_of, write_weight_stats
+from masked_loss_triton.kernels.sums import STATS, Normalization, Outputs, Sample, factors, write_loss
 from masked_loss_triton.kernels.weights import MaskWeights
 
 if TYPE_CHECKING:
     from masked_loss_triton.call import LossInputs
     from masked_loss_triton.config import MaskedLossConfig
-
-
-class Outputs(NamedTuple):
-    """Where the loss goes, and its statistics if somebody asked for them."""
-
-    terms_ptr: torch.Tensor  # (2, programs) float32
-    loss_ptr: torch.Tensor  # () float32
-    stats_ptr: torch.Tensor | None  # (STATS,) float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +94,7 @@ def loss_kernel(
     """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
     VECTOR: tl.constexpr = OPTIONS.VECTOR
     CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
-    batch, channels, frames, height, width = shape
+    _batch, channels, frames, height, width = shape
     b = tl.program_id(2)
     grid_positions = frames * height * width
     positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
@@ -144,7 +136,7 @@ def loss_kernel(
             if OPTIONS.MASK_FLAT:
                 mask_offsets = start + cell
             else:
-                mask_offsets = start + at[0] * mask.f + at[1] * mask.h + at[2] * mask.w
+                mask_offsets = start + (at[0] * mask.f + at[1] * mask.h + at[2] * mask.w)
             m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
             m = binarized_and_inverted(m, stages, OPTIONS)
         prior_gate, mask_gate = sample_gates(gates, b)
@@ -184,24 +176,7 @@ def loss_kernel(
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
     if out is not None:
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(out.terms_ptr + program, tl.sum(target_sum, axis=0))
-        tl.store(out.terms_ptr + programs + program, tl.sum(prior_sum, axis=0))
-        # The barrier orders the stores of all threads before the release of the one that takes the ticket.
-        tl.debug_barrier()
-        if tl.atomic_add(weights.ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            target_term = sum_of(out.terms_ptr, programs)
-            prior_term = sum_of(out.terms_ptr + programs, programs)
-            loss = target_term + prior_term
-            tl.store(out.loss_ptr, loss)
-            if out.stats_ptr is not None:
-                tl.store(out.stats_ptr, loss)
-                tl.store(out.stats_ptr + 1, target_term)
-                tl.store(out.stats_ptr + 2, prior_term)
-                count = 1.0 * batch * grid_positions
-                write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, count, OPTIONS.BLOCK_TILES)
-                tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
+        write_loss(out, weights, tl.sum(target_sum, axis=0), tl.sum(prior_sum, axis=0), b, shape, tiles, OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +208,10 @@ class LossLaunch:
     scattered: ClassVar[int] = 128  # positions that are not one run
 
     @classmethod
-    def choose(cls, pred: Layout, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
-        channels, positions = rows(pred, walk)
+    def choose(cls, batch: int, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
+        channels, positions = walk.channels, walk.positions
         vector = 16 // max(walk.itemsize, 2 if walk.flat else 4)
-        if pred.shape[1] > 1 and pred.strides[1] == 1 and positions > walk.fold:
+        if walk.channels_innermost:
             block_c = min(32, next_power_of_2(channels))
             block_p = max(16, 128 * 16 // block_c)
         else:
@@ -245,7 +220,7 @@ class LossLaunch:
                 block_p //= 2
             block_c = min(16 // vector, next_power_of_2(channels))
         all_blocks = ceil_div(channels, block_c)
-        programs = ceil_div(positions, block_p) * pred.shape[0]
+        programs = ceil_div(positions, block_p) * batch
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
         registers = (cls.with_prior if has_prior else cls.without_prior) if walk.flat else cls.scattered
@@ -263,11 +238,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4  # the interpreter; small, but enough that small inputs take the path that splits the channels
-
-
-def rows(pred: Layout, walk: Walk) -> tuple[int, int]:
-    """(channels, positions) as the kernel walks over them."""
-    return pred.shape[1] // walk.fold, math.prod(pred.shape[2:]) * walk.fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,16 +268,11 @@ def plan_loss(
     """
     pred, mask, has_prior = operands[0], operands[5], operands[3] is not None
     assert pred is not None
-    walk = Walk.over(operands[:5])
-    launch = LossLaunch.choose(pred, walk, has_prior, multiprocessors)
     batch, _, frames, height, width = pred.shape
-    channels, positions = rows(pred, walk)
-    mask_flat, mask_divisor, mask_strides = False, 1, None
-    if mask is not None:
-        b, *rest = mask.used_strides
-        mask_flat = mask.position_stride == 1
-        mask_divisor = common_divisor([b], 16) if mask_flat else 1
-        mask_strides = (b // mask_divisor, 0, *rest)
+    walk = Walk.over(operands[:5])
+    mask_strides, mask_flat, mask_divisor = mask_steps(mask)
+    launch = LossLaunch.choose(batch, walk, has_prior, multiprocessors)
+    groups = ceil_div(walk.channels, launch.block_c * launch.channel_blocks)
     options = LossOptions(
         INVERT=config.invert,
         FLOOR=config.floor,
@@ -330,7 +295,7 @@ def plan_loss(
         CHANNEL_BLOCKS=launch.channel_blocks,
     )
     return LossPlan(
-        (ceil_div(positions, launch.block_p), ceil_div(channels, launch.block_c * launch.channel_blocks), batch),
+        (ceil_div(walk.positions, launch.block_p), groups, batch),
         (*walk.strides, mask_strides),
         (tuple(pred.shape), tiles, config.loss_delta, Stages.of(config), Normalization.of(config), options),
         launch.options(),
@@ -373,10 +338,7 @@ def launch_loss(
         terms = torch.empty((2, math.prod(plan.grid)), dtype=torch.float32, device=device)
         out = Outputs(terms, loss, numbers if stats else None)
     loss_kernel[plan.grid](
-        *(
-            None if x is None or step is None else Operand(x, *step)
-            for x, step in zip(tensors, plan.strides, strict=True)
-        ),
+        *map(Operand.of, tensors, plan.strides),
         weights,
         gates,
         Sample.of(call, factors),

@@ -23,6 +23,10 @@ class Operand(NamedTuple):
     h: int
     w: int
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None, strides: tuple[int, ...] | None) -> Operand | None:
+        return None if tensor is None or strides is None else cls(tensor, *strides)
+
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
@@ -30,7 +34,8 @@ class Walk:
 
     Args:
         strides: of each operand, as `Operand` takes them; None where there is no operand.
-        flat: the positions (F, H, W) of each operand are one run of memory.
+        channels, positions: as the kernel counts them, under the fold.
+        flat: the positions (F, H, W) of each operand are one run of memory. channels_innermost: neighbours in pred are channels.
         fold: 2 takes (C, P) as (C / 2, 2 P), pairs of channels as one row: where P is an odd multiple of 4, rows of 2-byte
             elements start on 8 bytes, pairs of rows on 16.
         divisor: the power of two, up to 16, that divides the number of positions and all strides. A kernel multiplies it back: the
@@ -39,7 +44,10 @@ class Walk:
     """
 
     strides: tuple[tuple[int, ...] | None, ...]
+    channels: int
+    positions: int
     flat: bool
+    channels_innermost: bool
     fold: int
     divisor: int
     itemsize: int
@@ -62,12 +70,23 @@ class Walk:
         used = [step for tensor in given for step in steps(tensor)[: 2 if flat else 4]]
         divisor = common_divisor([positions * fold, *used], 16)
         strides = tuple(None if tensor is None else divided(steps(tensor), divisor) for tensor in operands)
-        return cls(strides, flat, fold, divisor, itemsize)
+        channels_innermost = channels > 1 and given[0].strides[1] == 1 and positions > 1
+        return cls(strides, channels // fold, positions * fold, flat, channels_innermost, fold, divisor, itemsize)
 
 
 def divided(steps: tuple[int, ...], divisor: int) -> tuple[int, ...]:
     """All steps divided, but the last, from one position to the next, which is a unit and no distance."""
     return *(step // divisor for step in steps[:-1]), steps[-1]
+
+
+def mask_steps(mask: Layout | None) -> tuple[tuple[int, ...] | None, bool, int]:
+    """(strides as `Operand` takes them, whether positions are one run, the divisor) of a mask on the grid of the loss."""
+    if mask is None:
+        return None, False, 1
+    b, *rest = mask.used_strides
+    flat = mask.position_stride == 1
+    divisor = common_divisor([b], 16) if flat else 1
+    return (b // divisor, 0, *rest), flat, divisor
 
 
 @triton.jit

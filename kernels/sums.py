@@ -59,6 +59,14 @@ class Sample(NamedTuple):
         return cls(weighting, None, call.prior_weight, factors)
 
 
+class Outputs(NamedTuple):
+    """Where the loss goes, and its statistics if somebody asked for them."""
+
+    terms_ptr: torch.Tensor  # (2, programs) float32
+    loss_ptr: torch.Tensor  # () float32
+    stats_ptr: torch.Tensor | None  # (STATS,) float32
+
+
 @triton.jit
 def smaller(x, y):
     """The smaller of two numbers, NaN if one is NaN: `minimum` would drop it."""
@@ -169,3 +177,31 @@ def write_weight_stats(partials_ptr, stats_ptr, count, positions, BLOCK_TILES: t
         else:
             column = 4 + (plane - MIN_RAW) // 2 * 3 + (plane - MIN_RAW) % 2
         tl.store(stats_ptr + column, value)
+
+
+@triton.jit
+def write_loss(out, weights, target_sum, prior_sum, b, shape, tiles, OPTIONS: tl.constexpr):
+    """Writes the sums of this program; the last program to do so adds all of them, always in the same order.
+
+    Args:
+        out: `Outputs`. weights: `MaskWeights`. shape: (B, C, F, H, W). tiles: of the partial sums of the weights.
+    """
+    batch, _channels, frames, height, width = shape
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out.terms_ptr + program, target_sum)
+    tl.store(out.terms_ptr + programs + program, prior_sum)
+    # The barrier orders the stores of all threads before the release of the one that takes the ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(weights.ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        target_term = sum_of(out.terms_ptr, programs)
+        prior_term = sum_of(out.terms_ptr + programs, programs)
+        loss = target_term + prior_term
+        tl.store(out.loss_ptr, loss)
+        if out.stats_ptr is not None:
+            tl.store(out.stats_ptr, loss)
+            tl.store(out.stats_ptr + 1, target_term)
+            tl.store(out.stats_ptr + 2, prior_term)
+            positions = 1.0 * batch * (frames * height * width)
+            write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, positions, OPTIONS.BLOCK_TILES)
+            tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))

@@ -50,9 +50,11 @@ class Memory:
         self._traffic = [Traffic() for _ in self.names]
 
     def traffic(self) -> dict[str, Traffic]:
+        """Of each tensor that was touched."""
         for traffic, touched in zip(self._traffic, self._touched, strict=True):
             traffic.distinct = int(touched.sum())
-        return dict(zip(self.names, self._traffic, strict=True))
+        named = zip(self.names, self._traffic, strict=True)
+        return {name: traffic for name, traffic in named if traffic.distinct}
 
     def owners(self, addresses: np.ndarray, width: int, place: str) -> np.ndarray:
         """The index of the tensor of each address.
