@@ -10,3 +10,19 @@ class UserError(Exception):
     def __init__(self, message: str, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def problem_line(error: Exception, subject: object, debug: bool = False) -> str:
+    """Returns the one line for what went wrong with one of many files, so that the work on the others goes on.
+
+    Args:
+        error: a UserError, whose text names its file; anything else is described.
+        subject: the file or item that was worked on.
+        debug: raise what is no UserError again, with its traceback.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if debug:
+        raise error
+    reason = " ".join(str(error).split())[:300]
+    return f"{subject}: {type(error).__name__}{f': {reason}' if reason else ''} (--debug shows where)"

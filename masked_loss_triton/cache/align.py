@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +17,18 @@ from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import (
     MASK_EXTENSIONS,
+    clip_frame_count,
     clip_size,
     frame_files,
     has_alpha_frames,
     kept_frames,
+    mask_frame_count,
     mask_frame_files,
     read_frames,
+    refuse_animation,
 )
 from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
+from masked_loss_triton.masks.operations import MaskOperations
 from masked_loss_triton.masks.reading import check_is_file, has_alpha, open_image, unreadable
 from masked_loss_triton.masks.sources import (
     Candidate,
@@ -38,19 +43,36 @@ WEIGHTS_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything that decides the weights of an item: one list of candidates for each target picture, and a digest."""
+    """Everything that decides the weights of an item: one list of candidates for each target picture, and the rest."""
 
     candidates: tuple[tuple[Candidate, ...], ...]
-    digest: str
+    contents: list[list[tuple[str, str]]]
+    operations: MaskOperations
+    facts: tuple[Any, ...]
+    stem: str
+
+    @property
+    def digest(self) -> str:
+        """A hash of all of it."""
+        return self.digest_with(self.operations)
+
+    def digest_with(self, operations: MaskOperations) -> str:
+        """The hash that other operations would have given."""
+        shape, size, window, fps, target = self.facts
+        name = self.stem if operations.mask_blur_random else None
+        facts = [WEIGHTS_VERSION, self.contents, dataclasses.asdict(operations), shape, size, window, fps, name, target]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """(1, F, h, w) float32, contiguous; `source` is where each target's came from, `file` the mask's file name."""
+    """(1, F, h, w) float32, contiguous; `source` is where each target's came from, `file` the mask's file name, `note` what
+    the user should know although it is no error."""
 
     values: np.ndarray
     source: str
     file: str
+    note: str = ""
 
 
 def find_inputs(
@@ -63,15 +85,12 @@ def find_inputs(
     """
     targets: tuple[Path | None, ...] = item.source.targets if item.source is not None else (None,)
     candidates = tuple(_candidates(item, target, dataset, masks) for target in targets)
-    operations = dataclasses.asdict(dataset.operations)
     fps = (dataset.source_fps, family.fps) if dataset.source_fps is not None and item.window else None
-    name = item.stem if dataset.operations.mask_blur_random else None
     contents = [
         [(one.kind, _digest(one, target)) for one in group] for group, target in zip(candidates, targets, strict=True)
     ]
-    facts = [WEIGHTS_VERSION, contents, operations, dataclasses.astuple(shape), item.size, item.window]
-    facts += [fps, name, dataset.one_frame_target]
-    return Inputs(candidates, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+    facts = (dataclasses.astuple(shape), item.size, item.window, fps, dataset.one_frame_target)
+    return Inputs(candidates, contents, dataset.operations, facts, item.stem)
 
 
 def _candidates(
@@ -145,7 +164,7 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
         size = (mask.shape[1], mask.shape[0]) if index else item.size
         mask = align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
         planes.append(dataset.operations.bake(_to_cells(mask, item, shape, dataset)))
-    values = _place(np.stack(planes), item, file, shape, dataset)
+    values = place(np.stack(planes), item, file, shape, dataset)
     return _weights(values, used)
 
 
@@ -169,10 +188,23 @@ def compute_clip_weights(
                 f"{chosen.path} has only {len(planes)} frames of the {needed} that {clip or first.stem} needs at the "
                 "trainer's frame rate: make a mask for every frame, or one still"
             )
-        return [_window(planes, item, shape, chosen, dataset) for item, shape in zip(items, shapes, strict=True)]
+        windows = [_window(planes, item, shape, chosen, dataset) for item, shape in zip(items, shapes, strict=True)]
+        if len(planes) > 1:  # one mask serves all windows of a clip: it is told of once
+            windows[0] = dataclasses.replace(windows[0], note=length_differs(chosen.path, clip))
+        return windows
     check_not_required(first, dataset)
     ones = [np.ones((shape.frames, shape.height, shape.width), np.float32) for shape in shapes]
     return [_weights(values, [None]) for values in ones]
+
+
+def length_differs(mask: Path, clip: Path | None) -> str:
+    """Returns what to tell of a mask and a clip of different numbers of frames; nothing where they are equal or not known."""
+    if clip is None or not clip.exists():
+        return ""
+    frames, wanted = mask_frame_count(mask), clip_frame_count(clip)
+    if not frames or not wanted or frames == wanted:
+        return ""
+    return f"{mask} has {frames} frames, but {clip} has {wanted}: frame 0 of one is taken for frame 0 of the other"
 
 
 def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Candidate, dataset: Dataset) -> Weights:
@@ -205,6 +237,7 @@ def _clip_planes(
         return _to_cells(fitted, item, shape, dataset)
 
     if chosen.kind != "alpha" and chosen.path.suffix.lower() in MASK_EXTENSIONS and not chosen.path.is_dir():
+        refuse_animation(chosen.path)
         mask, _ = read_still([chosen])
         assert mask is not None
         return plane(mask)[None]
@@ -233,8 +266,12 @@ def _to_cells(mask: np.ndarray, item: CacheItem, shape: LatentShape, dataset: Da
     return to_latent(resize_to_bucket(edited, shape.bucket), (shape.height, shape.width))
 
 
-def _place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentShape, dataset: Dataset) -> np.ndarray:
-    """(targets, h, w) to (F, h, w)."""
+def place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentShape, dataset: Dataset) -> np.ndarray:
+    """Brings (targets, h, w) to the (F, h, w) of a picture's cache: its layers, or the target among its frames.
+
+    Raises:
+        UserError: naming the cache, when the dataset has another number of pictures or another target for it.
+    """
     if len(planes) == shape.frames:
         return planes
     if "f_indices_int32" in file.tensors and len(planes) == 1:

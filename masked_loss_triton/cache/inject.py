@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -19,9 +21,17 @@ from masked_loss_triton.cache.align import (
 )
 from masked_loss_triton.cache.dataset import Dataset
 from masked_loss_triton.cache.families import Family
-from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, find_caches, find_sources, latent_shape
+from masked_loss_triton.cache.items import (
+    CacheItem,
+    LatentShape,
+    Source,
+    find_caches,
+    find_sources,
+    latent_shape,
+    unread_files,
+)
 from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
@@ -36,7 +46,8 @@ class Outcome:
     """What happened to one cache.
 
     `status` is "written", "unchanged", "removed" or "problem"; in a dry run the first and third are what would happen.
-    `source` is "alpha", "file", "default" or "full", several with commas for layered caches; `message` the problem.
+    `source` is "alpha", "file", "default" or "full", several with commas for layered caches; `message` the problem, or
+    what the user should know of weights that were written.
     """
 
     item: CacheItem
@@ -55,15 +66,21 @@ class Prepared:
     sources: dict[str, Source]
     items: list[CacheItem]
 
+    @functools.cached_property
+    def _by_stem(self) -> dict[str, list[CacheItem]]:
+        items: dict[str, list[CacheItem]] = {}
+        for item in self.items:
+            items.setdefault(item.stem, []).append(item)
+        return items
+
+    def items_of(self, stem: str) -> list[CacheItem]:
+        """The caches of one picture or clip."""
+        return self._by_stem.get(stem, [])
+
     def jobs(self) -> Iterator[list[CacheItem]]:
         """Items that share one decoding: a picture alone, all windows of a clip together."""
-        clips: dict[str, list[CacheItem]] = {}
-        for item in self.items:
-            if item.window is None:
-                yield [item]
-            else:
-                clips.setdefault(item.stem, []).append(item)
-        yield from clips.values()
+        for items in self._by_stem.values():
+            yield from [[item] for item in items] if items[0].window is None else [items]
 
 
 def prepare(dataset: Dataset, family: Family) -> Prepared:
@@ -79,8 +96,19 @@ def prepare(dataset: Dataset, family: Family) -> Prepared:
     return Prepared(dataset, family, masks, sources, find_caches(dataset, family, sources))
 
 
+def unread_of(prepared: Prepared) -> list[Path]:
+    """Pictures, videos and masks of a dataset in formats that nobody reads."""
+    return unread_files(prepared.dataset) + (prepared.masks.unread if prepared.masks is not None else [])
+
+
 def inject(
-    prepared: Prepared, job: list[CacheItem], *, dtype: str = "float16", dry_run: bool = False, force: bool = False
+    prepared: Prepared,
+    job: list[CacheItem],
+    *,
+    dtype: str = "float16",
+    dry_run: bool = False,
+    force: bool = False,
+    debug: bool = False,
 ) -> list[Outcome]:
     """Writes the weights of the caches of one job, where they are missing or their inputs have changed.
 
@@ -90,6 +118,7 @@ def inject(
         dtype: "float16" or "float32".
         dry_run: decide, decode and write nothing.
         force: write also what is up to date.
+        debug: raise what is no UserError, instead of making it the problem of one cache.
     """
     outcomes: list[Outcome] = []
     due: list[_Due] = []
@@ -104,8 +133,8 @@ def inject(
             current = not force and _is_current(file, shape, inputs, dtype)
             if (current and "full" in file.metadata["mask_source"].split(",")) or (dry_run and "full" in kinds):
                 check_not_required(item, prepared.dataset)
-        except UserError as error:
-            outcomes.append(Outcome(item, "problem", message=str(error)))
+        except Exception as error:
+            outcomes.append(Outcome(item, "problem", message=problem_line(error, item.path, debug)))
             continue
         if current:
             outcomes.append(Outcome(item, "unchanged", file.metadata["mask_source"]))
@@ -113,7 +142,7 @@ def inject(
             outcomes.append(Outcome(item, "written", ",".join(sorted(kinds))))
         else:
             due.append(_Due(item, file, shape, inputs))
-    return outcomes + _write(prepared, due, dtype)
+    return outcomes + _write(prepared, due, dtype, debug)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +155,7 @@ class _Due:
     inputs: Inputs
 
 
-def _write(prepared: Prepared, due: list[_Due], dtype: str) -> list[Outcome]:
+def _write(prepared: Prepared, due: list[_Due], dtype: str, debug: bool) -> list[Outcome]:
     outcomes: list[Outcome] = []
     by_plane: dict[tuple[int, int], list[_Due]] = {}
     for cache in due:
@@ -134,17 +163,18 @@ def _write(prepared: Prepared, due: list[_Due], dtype: str) -> list[Outcome]:
     for group in by_plane.values():
         try:
             results = _compute(prepared, group)
-        except UserError as error:
+        except Exception as error:
             # One mask serves all windows of a clip: its fault is named once.
-            outcomes.append(Outcome(group[0].item, "problem", message=str(error)))
+            line = problem_line(error, group[0].item.path, debug)
+            outcomes.append(Outcome(group[0].item, "problem", message=line))
             outcomes += [Outcome(cache.item, "problem") for cache in group[1:]]
             continue
         for cache, weights in zip(group, results, strict=True):
             try:
                 save_weights(cache.file, cache.shape, weights, cache.inputs.digest, prepared.dataset, dtype)
-                outcomes.append(Outcome(cache.item, "written", weights.source))
-            except UserError as error:
-                outcomes.append(Outcome(cache.item, "problem", message=str(error)))
+                outcomes.append(Outcome(cache.item, "written", weights.source, weights.note))
+            except Exception as error:
+                outcomes.append(Outcome(cache.item, "problem", message=problem_line(error, cache.item.path, debug)))
     return outcomes
 
 
@@ -223,7 +253,7 @@ def save_weights(
     )
 
 
-def remove_weights(item: CacheItem, dry_run: bool = False) -> Outcome:
+def remove_weights(item: CacheItem, dry_run: bool = False, debug: bool = False) -> Outcome:
     """Takes our weights and provenance out of a cache; it is then as the trainer's script wrote it."""
     try:
         file = read_header(item.path)
@@ -234,8 +264,8 @@ def remove_weights(item: CacheItem, dry_run: bool = False) -> Outcome:
             metadata = {key: value for key, value in file.metadata.items() if key not in keys}
             rewrite(file, drop=ours, metadata=metadata)
         return Outcome(item, "removed")
-    except UserError as error:
-        return Outcome(item, "problem", message=str(error))
+    except Exception as error:
+        return Outcome(item, "problem", message=problem_line(error, item.path, debug))
 
 
 def _is_current(file: TensorFile, shape: LatentShape, inputs: Inputs, dtype: str) -> bool:

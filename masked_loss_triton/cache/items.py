@@ -15,7 +15,7 @@ from masked_loss_triton.cache.dataset import Dataset, refuse_slips
 from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, MASK_EXTENSIONS, UNREAD_EXTENSIONS, VIDEO_EXTENSIONS
 
 CACHE_NAME = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<suffix>[^_]+)\.safetensors", re.DOTALL)
 CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})", re.DOTALL)
@@ -93,6 +93,16 @@ def find_sources(dataset: Dataset) -> dict[str, Source]:
     if dataset.multiple_target:
         _add_layers(dataset.directory, files, sources)
     return sources
+
+
+def unread_files(dataset: Dataset) -> list[Path]:
+    """Pictures and videos in the folder of a dataset of formats that the trainer passes over, sorted by name."""
+    if dataset.directory is None or dataset.jsonl is not None:
+        return []
+    passed = UNREAD_EXTENSIONS if dataset.is_video else {*UNREAD_EXTENSIONS, *MASK_EXTENSIONS} - {*IMAGE_EXTENSIONS}
+    with os.scandir(dataset.directory) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    return [dataset.directory / name for name in names if os.path.splitext(name)[1].lower() in passed]
 
 
 def _add_layers(folder: Path, files: dict[str, str], sources: dict[str, Source]) -> None:

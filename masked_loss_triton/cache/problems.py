@@ -2,183 +2,203 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from masked_loss_triton.cache.align import find_inputs
-from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, verify_tensors
-from masked_loss_triton.cache.items import CacheItem, Source, latent_shape
-from masked_loss_triton.cache.safetensors_file import read_header
-from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import (
-    VIDEO_EXTENSIONS,
-    clip_frame_count,
-    clip_size,
-    has_alpha_frames,
-    read_frames,
-    to_uint8,
-)
-from masked_loss_triton.masks.reading import has_alpha, opaque, open_image, read_alpha, read_mask_file
-from masked_loss_triton.masks.sources import aspect_differs, exif_orientation
-
-KINDS = {
-    "unreadable": "a picture, clip or mask that cannot be decoded",
-    "missing": "no mask: full weight",
-    "empty": "a mask without any weight: nothing is learned",
-    "full": "a mask that covers everything: it changes nothing",
-    "size": "mask and picture differ in size: the mask is resized",
-    "aspect": "mask and picture differ in shape by more than 1%: the cache command refuses it",
-    "frames": "mask and clip differ in their number of frames",
-    "rotated": "the picture has an EXIF rotation, which the trainer ignores",
-    "unused": "a mask that belongs to no picture",
-    "ambiguous": "two mask files for one picture: only the first is used",
-    "uncached": "a picture or clip without latent cache",
-    "cache": "a latent cache that is damaged or of another resolution",
-    "damaged": "a latent cache whose tensors are not those that were masked",
-    "orphan": "a latent cache whose picture is not in the dataset, but which the trainer will train on",
-    "unmasked": "a latent cache without mask weights",
-    "outdated": "the mask or its options changed after the cache was masked",
-    "mixed": "only some caches have weights: the trainer would spread one item's mask over its whole batch",
-}
-# Lossy formats do not keep pure black and white.
-NEARLY_BLACK, NEARLY_WHITE = 3, 252
+from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place
+from masked_loss_triton.cache.check_pictures import check_source
+from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
+from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
+from masked_loss_triton.cache.kinds import KINDS, Problem, problem
+from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
+from masked_loss_triton.errors import UserError, problem_line
+from masked_loss_triton.files.atomic import check_replaceable
+from masked_loss_triton.files.parallel import default_workers, run_parallel
+from masked_loss_triton.masks.geometry import frames_per_latent
+from masked_loss_triton.masks.operations import MaskOperations
+from masked_loss_triton.masks.reading import open_image
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One line of the report: what kind, which file, and what about it."""
+class Findings:
+    """The problems of a dataset, sorted by kind and file, each once; and how many caches were masked with which options."""
 
-    kind: str
-    file: str
-    message: str
-    dataset: int
+    problems: list[Problem]
+    options: collections.Counter[str]
 
 
-def check_source(prepared: Prepared, source: Source) -> list[Problem]:
-    """Decodes the pictures of a source and their masks. A clip's own frames are not decoded, those of its mask are."""
-    found: list[Problem] = []
-    for target in source.targets:
+@dataclasses.dataclass(frozen=True)
+class CacheFindings:
+    """The problems of one cache, whether it has weights, and the operations that these were made with, if that is known."""
+
+    problems: list[Problem]
+    masked: bool = True
+    operations: MaskOperations | None = None
+
+
+def find_problems(
+    prepared: Sequence[Prepared],
+    *,
+    ignore: Collection[str] = (),
+    workers: int | None = None,
+    advance: Callable[[], object] = lambda: None,
+    debug: bool = False,
+) -> Findings:
+    """Checks the pictures, clips, masks and caches of datasets.
+
+    Args:
+        prepared: the datasets.
+        ignore: names of `KINDS` to leave out.
+        workers: threads; None for as many as suit the machine.
+        advance: called once for each picture, clip and cache.
+        debug: raise what is no UserError, instead of making it the problem of one file.
+    """
+
+    def work(job: tuple[int, Source | CacheItem]) -> tuple[int, CacheFindings | list[Problem]]:
+        index, item = job
+        dataset = prepared[index]
         try:
-            found += _check_target(prepared, source, target)
-        except UserError as error:
-            message = str(error)
-            named = next((path for path in _files(prepared, source, target) if str(path) in message), target)
-            found.append(_problem(prepared, "unreadable", named, message))
-    return found
+            if isinstance(item, Source):
+                return index, check_source(dataset, item)
+            return index, check_cache(dataset, item, "damaged" not in ignore)
+        except Exception as error:
+            file = item.targets[0] if isinstance(item, Source) else item.path
+            kind = "unreadable" if isinstance(item, Source) else "cache"
+            return index, [problem(dataset, kind, file, problem_line(error, file, debug))]
+
+    def jobs() -> Iterator[tuple[int, Source | CacheItem]]:
+        for index, dataset in enumerate(prepared):
+            yield from ((index, source) for source in dataset.sources.values())
+            yield from ((index, item) for item in dataset.items)
+
+    found: list[Problem] = []
+    caches: list[list[CacheFindings]] = [[] for _ in prepared]
+    for index, result in run_parallel(work, jobs(), workers or default_workers()):
+        if isinstance(result, CacheFindings):
+            caches[index].append(result)
+        else:
+            found += result
+        advance()
+    for dataset, results in zip(prepared, caches, strict=True):
+        found += check_lists(dataset) + check_mixed(dataset, [result.masked for result in results])
+        made_with = {result.operations for result in results if result.operations is not None}
+        # Nobody said how masks were to be made, and all were made in one way.
+        agreed = dataset.dataset.operations == MaskOperations() and len(made_with) == 1
+        for result in results:
+            found += [one for one in result.problems if not (agreed and one.kind == "options")]
+    order = {kind: index for index, kind in enumerate(KINDS)}
+    # A mask that several layers or windows share is one problem.
+    unique = {(line.kind, line.file): line for line in found if line.kind not in ignore}
+    every = (str(result.operations) for results in caches for result in results if result.operations is not None)
+    return Findings(sorted(unique.values(), key=lambda line: (order[line.kind], line.file)), collections.Counter(every))
 
 
-def _files(prepared: Prepared, source: Source, target: Path) -> Iterator[Path]:
-    mask = _mask_file(prepared, source, target)
-    if mask is not None:
-        yield mask
-    yield target
+def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> CacheFindings:
+    """Checks one cache: its header, its weights, and that they are those of its mask.
 
-
-def _mask_file(prepared: Prepared, source: Source, target: Path) -> Path | None:
-    if source.mask is not None or prepared.masks is None:
-        return source.mask
-    video = prepared.dataset.is_video
-    return prepared.masks.find(target.stem, video) or prepared.masks.find(source.stem, video)
-
-
-def _check_target(prepared: Prepared, source: Source, target: Path) -> list[Problem]:
+    Args:
+        prepared: the dataset.
+        item: one of its caches.
+        verify: read it whole, to see damage.
+    """
+    found: list[Problem] = []
     dataset = prepared.dataset
-    found: list[Problem] = []
-    if dataset.is_video:
-        size, mask = clip_size(target), None
-        if dataset.alpha_mask and has_alpha_frames(target):
-            return found
-    else:
-        with open_image(target) as image:
-            image.load()
-            size, alpha = image.size, dataset.alpha_mask and has_alpha(image)
-        if exif_orientation(target) != 1:
-            note = "the trainer sees it turned: save it upright and cache it again"
-            found.append(_problem(prepared, "rotated", target, note))
-        mask = read_alpha(target, exif=False) if alpha else None
-        mask = None if mask is None or opaque(mask) else to_uint8(mask)
-    path = target
-    if mask is None:
-        file = _mask_file(prepared, source, target) or dataset.default_mask
-        if file is None:
-            if dataset.has_mask_source:
-                found.append(_problem(prepared, "missing", target, "no alpha channel, mask file or default mask"))
-            return found
-        path = file
-        if dataset.is_video and (file.is_dir() or file.suffix.lower() in VIDEO_EXTENSIONS):
-            return found + _check_frames(prepared, target, file, size)
-        mask = to_uint8(read_mask_file(file, exif=False))
-        found += _check_size(prepared, target, file, (mask.shape[1], mask.shape[0]), size)
-    if path != dataset.default_mask:
-        found += _check_values(prepared, path, int(mask.min()), int(mask.max()))
-    return found
+    if item.source is None:
+        found.append(problem(prepared, "orphan", item.path, "delete it, or put its picture back"))
+    try:
+        file = read_header(item.path)
+        shape = latent_shape(file, item, dataset, prepared.family)
+        _check_fits(prepared, item, file, shape)
+        if verify and verify_tensors(file) is False:
+            found.append(problem(prepared, "damaged", item.path, "delete it and run the caching script again"))
+        if dataset.has_mask_source:
+            check_replaceable(item.path)
+    except UserError as error:
+        return CacheFindings([*found, problem(prepared, "cache", item.path, str(error))])
+    if item.source is None:
+        found += _check_orphan(prepared, item, file, shape)
+    names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
+    if not names:
+        return CacheFindings([*found, problem(prepared, "unmasked", item.path, "run masked-loss cache")], masked=False)
+    operations = cached_operations(file)
+    if foreign := set(names) - own_weights(file):
+        note = f"{min(foreign)} is of another program: masked-loss cache --force replaces it"
+        return CacheFindings([*found, problem(prepared, "cache", item.path, note)])
+    values = file.read(names[0])
+    if not np.all((values >= 0) & (values <= 1)):  # also where they are no numbers
+        note = "its weights are not all between 0 and 1: run masked-loss cache --force"
+        found.append(problem(prepared, "cache", item.path, note))
+    elif not np.any(values):
+        found.append(problem(prepared, "empty", item.path, "its weights are 0 everywhere: the crop left the mask out"))
+    return CacheFindings(found + _check_current(prepared, item, file, shape, operations), True, operations)
 
 
-def _check_size(
-    prepared: Prepared, target: Path, file: Path, mask: tuple[int, int], picture: tuple[int, int]
-) -> list[Problem]:
-    if mask == picture or file == prepared.dataset.default_mask:
-        return []
-    sizes = f"{mask[0]}x{mask[1]}, but {target} is {picture[0]}x{picture[1]}"
-    if not aspect_differs(mask, picture):
-        return [_problem(prepared, "size", file, f"{sizes}; it is resized")]
-    if exif_orientation(target) >= 5 and not aspect_differs(mask[::-1], picture):
-        return []  # named as "rotated"; the cache command turns the mask back
-    return [_problem(prepared, "aspect", file, f"{sizes}; make the mask from the same picture, uncropped")]
+def _check_fits(prepared: Prepared, item: CacheItem, file: TensorFile, shape: LatentShape) -> None:
+    """Refuses what the cache command would refuse of a cache apart from its mask."""
+    if item.window is not None:
+        try:
+            frames_per_latent(item.window[1], shape.frames)
+        except ValueError as error:
+            raise UserError(f"{item.path}: {error}; run the caching script again") from error
+        return
+    targets = item.source.targets if item.source is not None else (item.path,)
+    place(np.zeros((len(targets), 1, 1), np.float32), item, file, shape, prepared.dataset)
+    if item.source is not None:
+        size = item.size
+        # A picture that cannot be read is named as itself.
+        with contextlib.suppress(UserError), open_image(targets[0]) as image:
+            size = image.size
+        if size != item.size:
+            raise UserError(
+                f"{item.path} is of a picture of {item.size[0]}x{item.size[1]}, and {targets[0]} is {size[0]}x{size[1]}: "
+                "run the caching script again"
+            )
 
 
-def _check_frames(prepared: Prepared, target: Path, file: Path, size: tuple[int, int]) -> list[Problem]:
-    found: list[Problem] = []
-    count, low, high = 0, 255, 0
-    for frame in read_frames(file, clip=target):
-        if count == 0:
-            found += _check_size(prepared, target, file, (frame.shape[1], frame.shape[0]), size)
-        count, low, high = count + 1, min(low, int(frame.min())), max(high, int(frame.max()))
-    frames = clip_frame_count(target)
-    if count == 0:
-        return [_problem(prepared, "empty", file, "no frames in it")]
-    if count > 1 and frames and frames != count:
-        found.append(_problem(prepared, "frames", file, f"{count} frames, but {target} has {frames}"))
-    return found + _check_values(prepared, file, low, high)
-
-
-def _check_values(prepared: Prepared, path: Path, low: int, high: int) -> list[Problem]:
-    if high <= NEARLY_BLACK:
-        return [_problem(prepared, "empty", path, "black everywhere")]
-    if low >= NEARLY_WHITE:
-        return [_problem(prepared, "full", path, "white everywhere")]
+def _check_orphan(prepared: Prepared, item: CacheItem, file: TensorFile, shape: LatentShape) -> list[Problem]:
+    """Tries the mask of a cache without picture, which is looked at nowhere else."""
+    dataset, family = prepared.dataset, prepared.family
+    try:
+        inputs = find_inputs(item, shape, dataset, family, prepared.masks)
+        if item.window is not None:
+            compute_clip_weights([item], [shape], inputs, dataset, family)
+        else:
+            compute_weights(item, file, shape, inputs, dataset)
+    except UserError as error:
+        return [problem(prepared, "unreadable", item.path, str(error))]
     return []
 
 
-def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> tuple[list[Problem], bool]:
-    """The problems of one cache, and whether it has weights; `verify` reads it whole, to see damage."""
-    found: list[Problem] = []
-    if item.source is None:
-        found.append(_problem(prepared, "orphan", item.path, "delete it, or put its picture back"))
+def _check_current(
+    prepared: Prepared, item: CacheItem, file: TensorFile, shape: LatentShape, operations: MaskOperations | None
+) -> list[Problem]:
+    dataset = prepared.dataset
+    if not dataset.has_mask_source:
+        return []
     try:
-        file = read_header(item.path)
-        shape = latent_shape(file, item, prepared.dataset, prepared.family)
-        if verify and verify_tensors(file) is False:
-            note = "delete it and run the caching script again"
-            found.append(_problem(prepared, "damaged", item.path, note))
-    except UserError as error:
-        return [*found, _problem(prepared, "cache", item.path, str(error))], True
-    names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
-    if not names:
-        return [*found, _problem(prepared, "unmasked", item.path, "run masked-loss cache")], False
-    if not np.any(file.read(names[0])):
-        found.append(_problem(prepared, "empty", item.path, "its weights are 0 everywhere: the crop left the mask out"))
-    if prepared.dataset.has_mask_source:
-        try:
-            inputs = find_inputs(item, shape, prepared.dataset, prepared.family, prepared.masks)
-        except UserError:
-            return found, True  # the mask's own problem is named with its picture
-        if file.metadata.get("mask_hash") != inputs.digest:
-            found.append(_problem(prepared, "outdated", item.path, "run masked-loss cache again with the same options"))
-    return found, True
+        inputs = find_inputs(item, shape, dataset, prepared.family, prepared.masks)
+    except UserError:
+        return []  # the mask's own problem is named with its picture, or with the orphan
+    made = file.metadata.get("mask_hash")
+    if made == inputs.digest:
+        return []
+    if operations is not None and made == inputs.digest_with(operations):
+        note = f"masked with {operations}, now asked for {dataset.operations}: give the same, or run masked-loss cache again"
+        return [problem(prepared, "options", item.path, note)]
+    return [problem(prepared, "outdated", item.path, "run masked-loss cache again")]
+
+
+def cached_operations(file: TensorFile) -> MaskOperations | None:
+    """Returns the operations that the weights of a cache were made with; None where another program or version made them."""
+    try:
+        return MaskOperations(**json.loads(file.metadata["mask_operations"]))
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def check_lists(prepared: Prepared) -> list[Problem]:
@@ -189,13 +209,15 @@ def check_lists(prepared: Prepared) -> list[Problem]:
         known |= {item.stem for item in prepared.items}
         for stem, path in sorted(prepared.masks.stems(dataset.is_video).items()):
             if stem not in known:
-                found.append(_problem(prepared, "unused", path, f"no picture or clip is called {stem}"))
+                found.append(problem(prepared, "unused", path, f"no picture or clip is called {stem}"))
         for first, second in prepared.masks.ambiguous:
-            found.append(_problem(prepared, "ambiguous", second, f"{first.name} is used"))
+            found.append(problem(prepared, "ambiguous", second, f"{first.name} is used"))
+    note = "save it as PNG, or a video as MP4"
+    found += [problem(prepared, "unread", path, note) for path in unread_of(prepared)]
     cached = {item.stem for item in prepared.items}
     for stem, source in sorted(prepared.sources.items()):
         if cached and stem not in cached:
-            found.append(_problem(prepared, "uncached", source.targets[0], "run the trainer's caching script"))
+            found.append(problem(prepared, "uncached", source.targets[0], "run the trainer's caching script"))
     return found
 
 
@@ -204,9 +226,4 @@ def check_mixed(prepared: Prepared, masked: list[bool]) -> list[Problem]:
     if not any(masked) or all(masked):
         return []
     counts = f"{sum(masked)} of {len(masked)} caches have weights: run masked-loss cache"
-    return [_problem(prepared, "mixed", prepared.dataset.cache_directory, counts)]
-
-
-def _problem(prepared: Prepared, kind: str, file: Path, message: str) -> Problem:
-    text = message.removeprefix(f"{file} ").removeprefix(f"{file}: ")
-    return Problem(kind, str(file), text, prepared.dataset.index)
+    return [problem(prepared, "mixed", prepared.dataset.cache_directory, counts)]

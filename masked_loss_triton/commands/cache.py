@@ -65,6 +65,7 @@ def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
         inject,
         prepare,
         remove_weights,
+        unread_of,
     )
     from masked_loss_triton.cache.items import choose_family, no_caches
     from masked_loss_triton.files.parallel import default_workers, run_parallel
@@ -97,8 +98,8 @@ def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
     def work(job):
         one, items = job
         if args.remove:
-            return [remove_weights(item, args.dry_run) for item in items]
-        return inject(one, items, dtype=args.dtype, dry_run=args.dry_run, force=args.force)
+            return [remove_weights(item, args.dry_run, args.debug) for item in items]
+        return inject(one, items, dtype=args.dtype, dry_run=args.dry_run, force=args.force, debug=args.debug)
 
     with Progress("masks", sum(len(one.items) for one in prepared)) as progress:
         for outcomes in run_parallel(work, jobs, args.workers or default_workers()):
@@ -110,6 +111,13 @@ def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
         names |= {"written": "masks would be written", "removed": "masks would be removed"}
     counts = ", ".join(f"{statuses[key]} {name}" for key, name in names.items() if statuses[key])
     print(f"{'Dry run, nothing changed: ' if args.dry_run else ''}{counts} ({progress.rate:.1f} images/s)")
+    unread = [path for dataset in prepared for path in unread_of(dataset)]
+    if unread:
+        shown = ", ".join(path.name for path in unread[:MISSING_SHOWN])
+        print(
+            printable(f"{len(unread)} files of formats that are not read: {shown}: save them as PNG or MP4"),
+            file=sys.stderr,
+        )
     if sources:
         print("Masks from: " + ", ".join(f"{source} {count}" for source, count in sorted(sources.items())))
     if missing:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from masked_loss_triton.cache.problems import Findings
 
 HELP = "List every problem of a dataset's masks and latent caches; changes nothing."
-EXAMPLE = "masked-loss check --dataset_config dataset.toml --arch wan --mask_directory masks"
+EXAMPLE = "masked-loss check --dataset_config dataset.toml --mask_directory masks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,20 +31,13 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from masked_loss_triton.cache.families import FAMILIES
-    from masked_loss_triton.cache.inject import Prepared, prepare
-    from masked_loss_triton.cache.items import CacheItem, Source, choose_family
-    from masked_loss_triton.cache.problems import (
-        KINDS,
-        Problem,
-        check_cache,
-        check_lists,
-        check_mixed,
-        check_source,
-    )
+    from masked_loss_triton.cache.inject import prepare
+    from masked_loss_triton.cache.items import choose_family
+    from masked_loss_triton.cache.kinds import KINDS
+    from masked_loss_triton.cache.problems import find_problems
     from masked_loss_triton.commands.arguments import datasets_from
     from masked_loss_triton.errors import UserError
-    from masked_loss_triton.files.parallel import default_workers, run_parallel
-    from masked_loss_triton.files.progress import Progress, printable
+    from masked_loss_triton.files.progress import Progress
 
     ignored = {kind for kind in args.ignore.split(",") if kind}
     if ignored - set(KINDS):
@@ -48,43 +45,30 @@ def run(args: argparse.Namespace) -> int:
     datasets = datasets_from(args, need_source=False)
     family = FAMILIES[choose_family(datasets, args.arch)]
     prepared = [prepare(dataset, family) for dataset in datasets]
-    problems: list[Problem] = []
-    pictures = sum(len(one.sources) for one in prepared)
-    caches = sum(len(one.items) for one in prepared)
-    masked: dict[int, list[bool]] = {one.dataset.index: [] for one in prepared}
-
-    def work(job: tuple[Prepared, Source | CacheItem]) -> tuple[int, list[Problem], bool | None]:
-        one, thing = job
-        if isinstance(thing, Source):
-            return one.dataset.index, check_source(one, thing), None
-        return one.dataset.index, *check_cache(one, thing, "damaged" not in ignored)
-
-    things: dict[int, list[Source | CacheItem]] = {
-        one.dataset.index: [*one.sources.values(), *one.items] for one in prepared
-    }
-    jobs = ((one, thing) for one in prepared for thing in things[one.dataset.index])
+    pictures = sum(len(dataset.sources) for dataset in prepared)
+    caches = sum(len(dataset.items) for dataset in prepared)
     with Progress("check", pictures + caches) as progress:
-        for index, found, has_weights in run_parallel(work, jobs, args.workers or default_workers()):
-            problems += found
-            if has_weights is not None:
-                masked[index].append(has_weights)
-            progress.advance()
-    for one in prepared:
-        problems += check_lists(one) + check_mixed(one, masked[one.dataset.index])
-
-    order = list(KINDS)
-    # A mask that several layers or windows share is one problem.
-    unique = {(problem.kind, problem.file): problem for problem in problems if problem.kind not in ignored}
-    problems = sorted(unique.values(), key=lambda problem: (order.index(problem.kind), problem.file))
+        found = find_problems(
+            prepared, ignore=ignored, workers=args.workers, advance=progress.advance, debug=args.debug
+        )
     if args.json:
-        print(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))
-        return 1 if problems else 0
-    print(f"{pictures} pictures and clips, {caches} latent caches, {len(problems)} problems")
-    for kind in order:
-        of_kind = [problem for problem in problems if problem.kind == kind]
+        print(json.dumps([dataclasses.asdict(problem) for problem in found.problems], indent=1))
+    else:
+        print(f"{pictures} pictures and clips, {caches} latent caches, {len(found.problems)} problems")
+        _print_table(found)
+    return 1 if found.problems else 0
+
+
+def _print_table(found: Findings) -> None:
+    from masked_loss_triton.cache.kinds import KINDS
+    from masked_loss_triton.files.progress import printable
+
+    if found.options:
+        print("Masked with: " + "; ".join(f"{text} ({count})" for text, count in found.options.most_common()))
+    for kind, meaning in KINDS.items():
+        of_kind = [problem for problem in found.problems if problem.kind == kind]
         if of_kind:
-            print(f"\n{kind} ({len(of_kind)}): {KINDS[kind]}")
+            print(f"\n{kind} ({len(of_kind)}): {meaning}")
             width = min(60, max(len(problem.file) for problem in of_kind))
             for problem in of_kind:
                 print(printable(f"  {problem.file:<{width}}  {problem.message}"))
-    return 1 if problems else 0

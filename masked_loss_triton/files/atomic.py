@@ -126,6 +126,15 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Refuses a file that `replace_file` would refuse: a hard link, a read-only file, no file.
+
+    Raises:
+        UserError: naming it.
+    """
+    _replaceable(path, Path(os.path.realpath(path)))
+
+
 def _replaceable(path: str | os.PathLike[str], target: Path) -> os.stat_result | None:
     """The status of the file, None where there is none.
 

@@ -10,8 +10,9 @@ BAR = 24  # characters
 
 
 def printable(text: str) -> str:
-    """Text that standard output can take: file names may hold bytes that are no characters there."""
+    """Text that a terminal can take: file names may hold line breaks, escape sequences and bytes that are no characters."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -60,7 +61,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._print(line, "\n")
+        self._print(printable(line), "\n")
 
     def _bar(self, note: str) -> str:
         if not self.total:

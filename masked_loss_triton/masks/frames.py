@@ -17,13 +17,20 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.reading import read_alpha, read_mask_file, read_picture, to_float, unreadable
+from masked_loss_triton.masks.reading import open_image, read_alpha, read_mask_file, read_picture, to_float, unreadable
 
 # As musubi-tuner looks for them, both cases.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 VIDEO_EXTENSIONS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg")
 # Mask files may also have these: formats that the trainer does not read as pictures.
 MASK_EXTENSIONS = (*IMAGE_EXTENSIONS, ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pbm", ".jp2")
+# Pictures and videos that neither the trainer nor this program reads: they are told of, not passed over in silence.
+UNREAD_EXTENSIONS = (
+    *(".heic", ".heif", ".hif", ".psd", ".xcf", ".exr", ".hdr", ".npy", ".npz", ".svg", ".raw"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".vob"),
+)
+# FFmpeg's own decoders of these leave the alpha channel of a WebM out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 def kept_frames(count: int | None, source_fps: float | None, target_fps: float | None) -> Iterator[int]:
@@ -98,8 +105,6 @@ def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         UserError: naming the clip, when it cannot be read.
     """
     if os.path.isdir(path):
-        from masked_loss_triton.masks.reading import open_image
-
         files = frame_files(path)
         if not files:
             raise UserError(f"{path} has no pictures in it: add the frames or remove the folder")
@@ -115,6 +120,11 @@ def clip_frame_count(path: str | os.PathLike[str]) -> int:
         return len(frame_files(path))
     with _Video(path) as stream:
         return stream.frames
+
+
+def mask_frame_count(path: str | os.PathLike[str]) -> int:
+    """Number of frames of a clip's mask as its container says, or 0 where it does not say; pictures in a folder."""
+    return len(frame_files(path, MASK_EXTENSIONS)) if os.path.isdir(path) else clip_frame_count(path)
 
 
 def frame_rate(path: str | os.PathLike[str]) -> Fraction:
@@ -148,14 +158,13 @@ def read_frames(
             yield to_uint8(frame)
         return
     with _Video(path) as stream:
-        if alpha and not _pixels_with_alpha(stream):
-            return
-        for frame in stream.container.decode(stream):
-            if alpha:
-                yield np.ascontiguousarray(frame.to_ndarray(format="rgba")[..., 3])
-            else:
+        if not alpha:
+            for frame in stream.container.decode(stream):
                 # Through RGB: swscale leaves limited-range luma as it is when asked for grey, so white would be 235.
                 yield np.array(frame.to_image().convert("L"))
+        elif _pixels_with_alpha(stream):
+            for frame in _frames_with_alpha(stream):
+                yield np.ascontiguousarray(frame.to_ndarray(format="rgba")[..., 3])
 
 
 def read_clip(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
@@ -187,8 +196,33 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     return values if values.dtype == np.uint8 else np.rint(to_float(values) * np.float32(255)).astype(np.uint8)
 
 
+def refuse_animation(path: Path) -> None:
+    """Refuses an animated picture as the still mask of a clip.
+
+    Raises:
+        UserError: naming the file, of which only the first frame would count.
+    """
+    with open_image(path) as image:
+        frames = getattr(image, "n_frames", 1)
+    if frames > 1 and path.suffix.lower() in (".gif", ".webp", ".png", ".avif"):
+        raise UserError(f"{path} is an animation of {frames} frames: give a folder of pictures or a video instead")
+
+
 def _pixels_with_alpha(stream: Any) -> bool:
-    return any(component.is_alpha for component in stream.codec_context.format.components)
+    webm = stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS
+    return webm or any(component.is_alpha for component in stream.codec_context.format.components)
+
+
+def _frames_with_alpha(stream: Any) -> Iterator[Any]:
+    import av
+
+    decoder = ALPHA_DECODERS.get(stream.codec_context.name)
+    if decoder is None:
+        yield from stream.container.decode(stream)
+        return
+    context: Any = av.CodecContext.create(decoder, "r")
+    for packet in stream.container.demux(stream):
+        yield from context.decode(packet)
 
 
 class _Video:

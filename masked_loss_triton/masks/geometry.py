@@ -129,9 +129,20 @@ def group_frames(frames: np.ndarray, latent_frames: int, reduce: str = "mean") -
         return np.repeat(frames, latent_frames, axis=0)
     if count == latent_frames:
         return frames
-    if latent_frames < 2 or (count - 1) % (latent_frames - 1):
-        raise ValueError(f"{count} frames cannot be grouped into {latent_frames} latent frames (4k+1 frames give k+1)")
-    stride = (count - 1) // (latent_frames - 1)
+    stride = frames_per_latent(count, latent_frames)
     groups = frames[1:].reshape(latent_frames - 1, stride, *frames.shape[1:])
     reduced = groups.mean(axis=1, dtype=np.float32) if reduce == "mean" else groups.max(axis=1)
     return np.concatenate([frames[:1], reduced])
+
+
+def frames_per_latent(count: int, latent_frames: int) -> int:
+    """Returns how many of `count` frames go into each latent frame but the first, which is one frame alone.
+
+    Raises:
+        ValueError: when so many frames cannot have become so many latent frames.
+    """
+    if count == latent_frames:
+        return 1
+    if latent_frames < 2 or (count - 1) % (latent_frames - 1):
+        raise ValueError(f"{count} frames cannot be grouped into {latent_frames} latent frames (4k+1 frames give k+1)")
+    return (count - 1) // (latent_frames - 1)

@@ -61,6 +61,12 @@ class MaskOperations:
         if self.mask_time not in ("mean", "max"):
             raise ValueError(f"mask_time must be 'mean' or 'max', got {self.mask_time!r}")
 
+    def __str__(self) -> str:
+        """Names what differs from doing nothing, as flags name it."""
+        fields = ((field.name, field.default) for field in dataclasses.fields(self))
+        changed = [f"{name} {getattr(self, name)}" for name, default in fields if getattr(self, name) != default]
+        return ", ".join(changed) or "no operations"
+
     def blur_fraction(self, item_name: str) -> float:
         """The blur of one item; the same for the same seed and name on every machine and in every order."""
         if not self.mask_blur_random:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS, to_uint8
+from masked_loss_triton.masks.frames import MASK_EXTENSIONS, UNREAD_EXTENSIONS, VIDEO_EXTENSIONS, to_uint8
 from masked_loss_triton.masks.reading import opaque, open_image, read_alpha, read_mask_file
 
 MAX_ASPECT_DIFFERENCE = 0.01
@@ -28,7 +28,8 @@ class MaskDirectory:
     """The mask files of a folder, found by the stem of the picture or clip in one pass over the folder.
 
     A clip may have a folder of frames, a video or one still; the frames come first, since a video's masks are lossy.
-    A picture with several mask files takes the first extension of `MASK_EXTENSIONS`; `ambiguous` lists them.
+    A picture with several mask files takes the first extension of `MASK_EXTENSIONS`; `ambiguous` lists them. `unread` are
+    pictures and videos of formats that are not read.
 
     Raises:
         UserError: when the folder does not exist.
@@ -40,6 +41,7 @@ class MaskDirectory:
         self.videos: dict[str, Path] = {}
         self.folders: dict[str, Path] = {}
         self.ambiguous: list[tuple[Path, Path]] = []
+        self.unread: list[Path] = []
         try:
             with os.scandir(path) as scan:
                 # Hidden ones are files of the system (._a.png), copies of replaced masks, temporary files.
@@ -55,6 +57,9 @@ class MaskDirectory:
                 table = self.videos
             elif os.path.isdir(entry.path):  # unlike entry.is_dir(), no error at a link to itself
                 stem, table = entry.name, self.folders
+            elif extension.lower() in UNREAD_EXTENSIONS:
+                self.unread.append(Path(entry.path))
+                continue
             else:
                 continue
             found = table.setdefault(stem, Path(entry.path))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from masked_loss_triton.cache.problems import KINDS
+from masked_loss_triton.cache.dataset import load_datasets
+from masked_loss_triton.cache.families import FAMILIES
+from masked_loss_triton.cache.inject import inject, prepare
+from masked_loss_triton.cache.kinds import KINDS
 from masked_loss_triton.files.atomic import temporary_name
-from tests.cache.support import Lab, disc, frames_of, video_lab
+from tests.cache.support import Lab, disc, frames_of, read, video_lab, weights
+from tests.cache.test_clips import clip_expected
 
 
 @pytest.fixture
@@ -98,7 +105,8 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
     }
     assert lab.run("check", "--mask_directory", lab.masks) == 1
     table = capsys.readouterr().out
-    assert all(f"\n{kind} (" in table for kind in KINDS if kind not in ("frames", "damaged"))
+    elsewhere = ("frames", "order", "unread", "options", "damaged")
+    assert all(f"\n{kind} (" in table for kind in KINDS if kind not in elsewhere)
     assert "broken.png  is not a picture in a known format" in table
 
 
@@ -136,3 +144,163 @@ def test_nothing_is_changed(lab, capsys):
     assert path in before
     assert lab.run("cache", "--mask_directory", lab.masks) == 0
     assert [one.name for one in lab.cache.iterdir()] == [path.name], "the cache command clears them"
+
+
+def test_it_says_how_caches_were_masked(lab, capsys):
+    for stem in "ab":
+        lab.picture(stem, mask=disc((160, 120)))
+        lab.add_cache(stem)
+    flags = ("--mask_dilate", "8", "--mask_blur", "0.005")
+    assert lab.run("cache", "--mask_directory", lab.masks, *flags) == 0
+    capsys.readouterr()
+    assert lab.run("check", "--mask_directory", lab.masks) == 0, "nobody asks for other options"
+    assert "Masked with: mask_dilate 8, mask_blur 0.005 (2)" in capsys.readouterr().out
+    assert lab.run("check", "--mask_directory", lab.masks, "--mask_dilate", "3") == 1
+    said = capsys.readouterr().out
+    assert said.count("masked with mask_dilate 8, mask_blur 0.005, now asked for mask_dilate 3: give the same") == 2
+    assert "outdated" not in said
+    Image.fromarray(disc((160, 120), radius=0.1)).save(lab.masks / "a.png")
+    assert problems(lab, capsys, *flags) == {("outdated", "a_0160x0120_wan.safetensors")}
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    lab.add_cache("b")
+    inject_only(lab, "b", mask_dilate=2)
+    capsys.readouterr()
+    assert problems(lab, capsys) == {("options", "b_0160x0120_wan.safetensors")}, "they differ among themselves"
+
+
+def inject_only(lab, stem, **operations):
+    dataset = load_datasets(lab.toml, flags={"mask_directory": str(lab.masks), **operations})[0]
+    prepared = prepare(dataset, FAMILIES[lab.arch])
+    (outcome,) = inject(prepared, prepared.items_of(stem))
+    assert outcome.status == "written"
+
+
+def frame_of_another_size(lab):
+    Image.new("L", (64, 96), 255).save(lab.masks / "clip" / "3.png")
+
+
+def too_few_frames(lab):
+    (lab.masks / "clip" / "4.png").unlink()
+
+
+def a_missing_frame(lab):
+    (lab.masks / "clip" / "2.png").unlink()
+
+
+def a_window_that_is_no_window(lab):
+    lab.add_cache("clip_00000-004", (128, 128), frames=3)
+
+
+def a_broken_frame(lab):
+    (lab.masks / "clip" / "2.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "spoil", [frame_of_another_size, too_few_frames, a_missing_frame, a_window_that_is_no_window, a_broken_frame]
+)
+def test_what_cache_refuses_of_a_clip_is_found(tmp_path, capsys, spoil):
+    lab = video_lab(tmp_path, frames_of(5))
+    (lab.masks / "clip").mkdir()
+    for t, frame in enumerate(frames_of(5)):
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t}.png")
+    lab.add_cache("clip_00000-005", (128, 128), frames=2)
+    before = problems(lab, capsys)
+    spoil(lab)
+    found = problems(lab, capsys) - before
+    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert found - {("unmasked", "clip_00000-004_0128x0128_wan.safetensors")}
+
+
+def picture_of_another_size(lab):
+    lab.picture("a", (80, 120), alpha=disc((80, 120)))
+
+
+def a_broken_mask_of_an_orphan(lab):
+    lab.add_cache("gone")
+    (lab.masks / "gone.png").write_bytes(b"")
+
+
+def a_mask_of_an_orphan_that_does_not_fit(lab):
+    lab.add_cache("gone")
+    Image.fromarray(disc((50, 80))).save(lab.masks / "gone.png")
+
+
+def layers_without_pictures(lab):
+    lab.add_cache("a", frames=3)
+
+
+def a_second_name(lab):
+    os.link(lab.cache / "a_0160x0120_wan.safetensors", lab.cache / "copy")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        picture_of_another_size,
+        a_broken_mask_of_an_orphan,
+        a_mask_of_an_orphan_that_does_not_fit,
+        layers_without_pictures,
+        a_second_name,
+    ],
+)
+def test_what_cache_refuses_of_a_picture_is_found(lab, capsys, spoil):
+    lab.picture("a", alpha=disc((160, 120)))
+    lab.add_cache("a")
+    flags = ("--alpha_mask", "--mask_directory", lab.masks)
+    assert problems(lab, capsys, "--alpha_mask") == {("unmasked", "a_0160x0120_wan.safetensors")}
+    spoil(lab)
+    found = problems(lab, capsys, "--alpha_mask", "--ignore", "orphan,unmasked")
+    assert {kind for kind, _ in found} <= {"cache", "unreadable"}
+    assert found
+    assert lab.run("cache", *flags) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 2.0])
+def test_weights_that_are_none_are_found(lab, capsys, value):
+    lab.picture("a", mask=disc((160, 120)))
+    path = lab.add_cache("a")
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    tensors, metadata = read(path)
+    tensors["mask_weights_1x14x18_float16"][0, 0, 3, 3] = value
+    save_file(tensors, path, metadata=metadata)
+    capsys.readouterr()
+    assert problems(lab, capsys) == {("cache", path.name)}
+    assert lab.run("cache", "--mask_directory", lab.masks, "--force") == 0
+    capsys.readouterr()
+    assert problems(lab, capsys) == set()
+
+
+def test_formats_that_nobody_reads_are_told_of(lab, capsys):
+    lab.picture("a", mask=disc((160, 120)))
+    lab.add_cache("a")
+    for name in ("b.HEIC", "c.tif", ".hidden.heic", "notes.md"):
+        (lab.images / name).touch()
+    (lab.masks / "d.exr").touch()
+    assert problems(lab, capsys, "--ignore", "unmasked") == {
+        ("unread", "b.HEIC"),
+        ("unread", "c.tif"),
+        ("unread", "d.exr"),
+    }
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert "3 files of formats that are not read: b.HEIC, c.tif, d.exr" in capsys.readouterr().err
+
+
+def test_a_clip_whose_frames_the_trainer_mixes_up(tmp_path, capsys):
+    lab = Lab(tmp_path)
+    folder = lab.folder / "clip"
+    folder.mkdir()
+    for t, frame in enumerate(frames_of(11)):
+        Image.fromarray(frame).convert("RGB").save(folder / f"{t}.png")
+        (lab.masks / "clip").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t}.png")
+    (lab.folder / "clips.jsonl").write_text(json.dumps({"video_path": str(folder)}) + "\n")
+    lab.toml.write_text(
+        f'[[datasets]]\nresolution = [128, 128]\nvideo_jsonl_file = "{lab.folder}/clips.jsonl"\n'
+        f'cache_directory = "{lab.cache}"\n'
+    )
+    assert problems(lab, capsys, "--arch", "wan") == {("order", "clip")}
+    path = lab.add_cache("clip_00000-009", (128, 128), frames=3)
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    texts = sorted(range(11), key=str)
+    expected = clip_expected([frames_of(11)[t] for t in texts], 0, 9, 3)
+    assert torch.equal(weights(path), expected), "the mask follows the clip as the trainer reads it"

@@ -1,8 +1,12 @@
-"""What inspect shows of each item: from the dataset's files, with or without caches, or from caches alone."""
+"""The cards of inspect: made from the dataset's files, with or without caches, or from caches alone."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +15,8 @@ from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
 from masked_loss_triton.cache.items import LATENT_KEY, CacheItem, LatentShape, Source, bucket_size, latent_shape
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.contact_sheet import Card
+from masked_loss_triton.errors import UserError, problem_line
+from masked_loss_triton.files.contact_sheet import Card, draw, save_sheet
 from masked_loss_triton.masks.frames import clip_frame_count, clip_size, kept_frames, read_clip
 from masked_loss_triton.masks.geometry import resize_to_bucket
 from masked_loss_triton.masks.reading import open_image, read_picture
@@ -20,41 +24,137 @@ from masked_loss_triton.masks.sources import align_to_picture, read_still
 
 # Only for the preview of pictures that have no cache yet; with a cache the side of a cell comes from its latents.
 PREVIEW_CELL, PREVIEW_STRIDE, PREVIEW_FRAMES = 8, 4, 81
+SHEET = 48  # cards on one sheet: a PNG of about 1,900 x 8,300 pixels
+SIDE = 448  # longest side of what is kept of a picture, pixels: twice a panel
 
 
-def card_from_files(prepared: Prepared, thing: CacheItem | Source, config: MaskedLossConfig) -> Card:
-    """The card of a cache whose picture is in the dataset, or of a picture that has no cache yet.
+def find_cards(prepared: list[Prepared]) -> list[Callable[[MaskedLossConfig], Card]]:
+    """Lists what makes the card of each cache, and of each picture or clip that has no cache yet."""
+    found: list[Callable[[MaskedLossConfig], Card]] = []
+    for dataset in prepared:
+        found += [functools.partial(card_of_item, dataset, item) for item in dataset.items]
+        uncached = (source for stem, source in dataset.sources.items() if not dataset.items_of(stem))
+        found += [functools.partial(card_of_source, dataset, source) for source in uncached]
+    return found
+
+
+def find_cache_cards(paths: Iterable[Path]) -> list[Callable[[MaskedLossConfig], Card]]:
+    """Lists what makes the card of each latent cache among files and folders, without a dataset."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return [functools.partial(card_of_cache, file) for file in files if not file.name.endswith("_te.safetensors")]
+
+
+def write_sheets(
+    name: Path,
+    title: str,
+    makers: Sequence[Callable[[MaskedLossConfig], Card]],
+    config: MaskedLossConfig,
+    notes: Sequence[str] = (),
+    *,
+    failed: Callable[[str], object] = lambda line: None,
+    advance: Callable[[], object] = lambda: None,
+    debug: bool = False,
+) -> tuple[list[Path], int]:
+    """Makes the cards and writes them as contact sheets of `SHEET` cards, NAME.png and .html, NAME_2.png and .html, ...
+
+    No more than one sheet of cards is in memory at a time.
+
+    Args:
+        name: of the files, without ending.
+        title: of the pages.
+        makers: as `find_cards` gave them.
+        config: the options of the loss.
+        notes: lines that stand above the cards.
+        failed: called with one line for each card that cannot be made.
+        advance: called after each card.
+        debug: raise what is no UserError, instead of making it such a line.
+
+    Returns:
+        The sheets, without ending, and the number of cards on them.
+
+    Raises:
+        UserError: naming the file that cannot be written.
+    """
+    names, shown = [name], 0
+    names += [name.with_name(f"{name.name}_{number}") for number in range(2, math.ceil(len(makers) / SHEET) + 1)]
+    written = []
+    for number, sheet in enumerate(names):
+        cards, images = [], []
+        for make in makers[number * SHEET : (number + 1) * SHEET]:
+            try:
+                card = make(config)
+                images.append(draw(card))
+                cards.append(card)
+            except Exception as error:
+                failed(problem_line(error, _subject(make), debug))
+            advance()
+        if cards:
+            place = (
+                [f"Sheet {number + 1} of {len(names)}: {', '.join(one.name for one in names)}."] if names[1:] else []
+            )
+            save_sheet(sheet, title, cards, images, [*notes, *place])
+            written.append(sheet)
+        shown += len(cards)
+    return written, shown
+
+
+def _subject(make: Any) -> Path:
+    given = make.args[-1]
+    return given.path if isinstance(given, CacheItem) else given.targets[0] if isinstance(given, Source) else given
+
+
+def card_of_source(prepared: Prepared, source: Source, config: MaskedLossConfig) -> Card:
+    """Makes the card of a picture or clip that has no cache yet.
 
     Raises:
         UserError: naming the file that cannot be read.
     """
-    dataset = prepared.dataset
-    file: TensorFile | None = None
-    if isinstance(thing, CacheItem):
-        item = thing
-        file = read_header(item.path)
-        shape = latent_shape(file, item, dataset, prepared.family)
-    else:
-        item, shape = _preview(prepared, thing)
+    return _card_from_files(prepared, *_preview(prepared, source), None, config)
+
+
+def card_of_item(prepared: Prepared, item: CacheItem, config: MaskedLossConfig) -> Card:
+    """Makes the card of a cache, with its picture where the dataset has it.
+
+    Raises:
+        UserError: naming the file that cannot be read.
+    """
+    file = read_header(item.path)
+    shape = latent_shape(file, item, prepared.dataset, prepared.family)
+    return _card_from_files(prepared, item, shape, file, config)
+
+
+def _card_from_files(
+    prepared: Prepared, item: CacheItem, shape: LatentShape, file: TensorFile | None, config: MaskedLossConfig
+) -> Card:
     raw, origin = _raw_weights(prepared, item, shape, file)
-    mask = raw[len(raw) // 2]
-    if item.window is None and item.source is not None:
-        candidates = find_inputs(item, shape, dataset, prepared.family, prepared.masks).candidates[0]
-        pixels, chosen = read_still(list(candidates))
-        if pixels is not None and chosen is not None:
-            aligned = align_to_picture(pixels, item.size, chosen.path, item.source.targets[0], chosen.kind == "default")
-            edited = dataset.operations.apply(aligned, item.stem)
-            mask = resize_to_bucket(edited, shape.bucket).astype(np.float32) / 255
+    mask = _mask_pixels(prepared, item, shape)
     pictures = _pictures(prepared, item, shape)
     label = "picture" if pictures else "latents"
     pictures = pictures or _latent_previews(file, shape)
     size = f"{item.size[0]}x{item.size[1]}, bucket {shape.bucket[0]}x{shape.bucket[1]}"
     cells = f"latents {shape.frames}x{shape.height}x{shape.width}"
+    mask = raw[len(raw) // 2] if mask is None else mask
     return _card(_name(item), [f"{size}, {cells}", origin], label, pictures, mask, raw, config)
 
 
-def card_from_cache(path: Path, config: MaskedLossConfig) -> Card:
-    """The card of a cache alone: its latents stand in for the picture, their three main components as colours.
+def _mask_pixels(prepared: Prepared, item: CacheItem, shape: LatentShape) -> np.ndarray | None:
+    """The mask of a picture in the pixels of its bucket, (H, W) float32; None where there is none, and for clips."""
+    if item.window is not None or item.source is None:
+        return None
+    dataset = prepared.dataset
+    candidates = find_inputs(item, shape, dataset, prepared.family, prepared.masks).candidates[0]
+    pixels, chosen = read_still(list(candidates))
+    if pixels is None or chosen is None:
+        return None
+    aligned = align_to_picture(pixels, item.size, chosen.path, item.source.targets[0], chosen.kind == "default")
+    edited = dataset.operations.apply(aligned, item.stem)
+    return resize_to_bucket(edited, shape.bucket).astype(np.float32) / 255
+
+
+def card_of_cache(path: Path, config: MaskedLossConfig) -> Card:
+    """Makes the card of a cache alone: its latents stand in for the picture, their three main components as colours.
 
     Raises:
         UserError: naming the cache, when it is damaged, holds no latents or no weights.
@@ -114,6 +214,9 @@ def _cached_weights(file: TensorFile, shape: LatentShape) -> np.ndarray | None:
     names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
     if not names:
         return None
+    entry = file.tensors[names[0]]
+    if entry["dtype"] not in ("F16", "F32") or math.prod(entry["shape"]) != shape.frames * shape.height * shape.width:
+        raise UserError(f"{file.path}: {names[0]} is no mask of this program: run masked-loss cache --force")
     return file.read(names[0]).astype(np.float32).reshape(shape.frames, shape.height, shape.width)
 
 
@@ -135,14 +238,16 @@ def _pictures(prepared: Prepared, item: CacheItem, shape: LatentShape) -> list[n
     start, count = item.window
     stride = (count - 1) // (shape.frames - 1) if shape.frames > 1 else 1
     kept = kept_frames(None, dataset.source_fps, fps)
-    wanted = {index for position, index in zip(range(start + count), kept, strict=False) if position >= start}
-    order = sorted(wanted)[::stride]
-    pictures = []
+    pictures: list[np.ndarray] = []
+    wanted, position = next(kept), 0
     for index, frame in enumerate(read_clip(item.source.targets[0])):
-        if index in order:
+        if index < wanted:
+            continue
+        if position >= start and (position - start) % stride == 0:
             pictures.append(resize_to_bucket(frame, shape.bucket))
-        if len(pictures) == len(order):
+        if len(pictures) == shape.frames:
             break
+        wanted, position = next(kept), position + 1
     return pictures
 
 
@@ -151,7 +256,7 @@ def _latent_previews(file: TensorFile | None, shape: LatentShape) -> list[np.nda
     names = [name for name in file.tensors if LATENT_KEY.fullmatch(name)] if file is not None else []
     if file is None or not names or file.tensors[names[0]]["dtype"] not in ("F16", "F32", "BF16"):
         return [np.full((shape.height, shape.width, 3), 128, np.uint8)]
-    latents = np.nan_to_num(file.read(names[0]).astype(np.float32))
+    latents = np.nan_to_num(file.read(names[0]).astype(np.float32), posinf=0, neginf=0).clip(-1e6, 1e6)
     channels = latents.reshape(latents.shape[0], -1)
     channels = channels - channels.mean(axis=1, keepdims=True)
     axes, _, _ = np.linalg.svd(channels @ channels.T)
@@ -185,11 +290,19 @@ def _card(
         name=_drawable(name),
         facts=[_drawable(fact) for fact in [*facts, coverage]],
         picture_label=label,
-        pictures=pictures,
-        mask=mask,
+        pictures=[_shrink(picture) for picture in pictures],
+        mask=_shrink(mask),
         raw=raw,
         weights=weights,
     )
+
+
+def _shrink(pixels: np.ndarray) -> np.ndarray:
+    """A picture or mask with sides of at most `SIDE` pixels."""
+    import cv2
+
+    scale = SIDE / max(pixels.shape[:2])
+    return pixels if scale >= 1 else cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def _drawable(text: str) -> str:
