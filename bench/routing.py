@@ -1,0 +1,224 @@
+"""What routing costs in quality and saves in work, on the demo's photographs: a LoRA of a real WAN transformer, tiny, learned with
+some of the tokens, and measured with all of them.
+
+    python -m bench.routing                      # five seeds of the small model: 144 tokens, 96 channels, 6 blocks, 4 of them routed
+    python -m bench.routing --model large        # 1,024 tokens, 256 channels, 8 blocks, 6 of them routed
+    python -m bench.routing --report             # the table and the curves of what is in the CSV
+
+Every arm of a seed starts from the same base model and LoRA and sees the same batches, noise and times; the arms take turns step by
+step, so that a busy machine slows them alike. Rows go to bench/results/<device>/routing.csv as they are made; a seed that is
+there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.environment import ROOT, device_name, environment, slug
+from masked_loss_triton import FlowTarget, MaskedLossConfig
+from masked_loss_triton.demo import dataset, model, photos, training
+from masked_loss_triton.demo.evaluate import Test
+from masked_loss_triton.routing import routed
+
+CHECKPOINTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One model and its data: pixels of a side, changes to the demo's model, pictures in a batch, steps of base and LoRA."""
+
+    side: int
+    model: dict[str, Any]
+    batch: int
+    base_steps: int
+    steps: int
+
+
+SIZES = {
+    "small": Size(192, {"num_layers": 6}, training.BATCH, 500, 160),
+    "large": Size(512, {"num_layers": 8, "attention_head_dim": 64, "ffn_dim": 1024}, 1, 60, 96),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train. `longer` multiplies the steps by what routing saves, so that it does as much work as the unrouted arm."""
+
+    keep: float = 1.0
+    background: float = 0.25
+    until: float = 1.0
+    prior: bool = False
+    longer: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [f"keep {self.keep:g}"]
+        parts += [f"background {self.background:g}"] if self.background != 0.25 else []
+        parts += [f"until {self.until:g}"] if self.until != 1 else []
+        return ", ".join(parts + ["prior"] * self.prior + ["equal work"] * self.longer)
+
+
+ARMS = (
+    *(Arm(keep) for keep in (1.0, 0.75, 0.5, 0.25)),
+    *(Arm(keep, background=0.0) for keep in (0.5, 0.25)),
+    *(Arm(keep, until=0.75) for keep in (0.5, 0.25)),
+    *(Arm(keep, longer=True) for keep in (0.75, 0.5, 0.25)),
+    *(Arm(keep, prior=True) for keep in (1.0, 0.5)),
+    Arm(0.5, until=0.75, prior=True),
+)
+
+
+class Trainee:
+    """A LoRA in training in one way."""
+
+    def __init__(self, arm: Arm, base: Any, subjects: training.Examples, size: Size, seed: int, per_step: float) -> None:
+        self.arm, self.subjects, self.seed = arm, subjects, seed
+        self.steps = round(size.steps / per_step) if arm.longer else size.steps
+        self.model = model.with_lora(base, seed).train()
+        self.parameters = [value for value in self.model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=training.LORA_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.text = model.captions(subjects.names, torch.device("cpu"))
+        self.draws = training.draws(subjects, self.steps, seed)
+        self.step, self.seconds = 0, 0.0
+
+    def advance(self, batch: int) -> None:
+        start = time.process_time()
+        rate = training.LORA_LEARNING_RATE * min((self.step + 1) / training.WARM_UP, (1 - self.step / self.steps) * 1.25, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.loss(next(self.draws), batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seconds += time.process_time() - start
+
+    def loss(self, draw: training.Draw, batch: int) -> torch.Tensor:
+        index, noise, level = draw.index[:batch], draw.noise[:batch], draw.time[:batch]
+        assert self.subjects.masks is not None
+        latents, mask, text = self.subjects.latents[index], self.subjects.masks[index].unsqueeze(2), self.text[index]
+        noisy = training.noisy_latents(latents, noise, level)
+        prior = training._teacher(self.model, noisy, level, text) if self.arm.prior else None
+        keep = self.arm.keep if self.step < self.arm.until * self.steps else 1.0
+        chosen = {"background": self.arm.background, "seed": self.seed, "step": self.step}
+        config = MaskedLossConfig(prior_weight=1.0)
+        with routed(self.model, mask, keep, config=config, has_prior=self.arm.prior, **chosen) as weights:
+            pred = model.predict(self.model, noisy, level, text)
+        return weights.loss(pred, FlowTarget(noise, latents), prior=prior, backend="torch")
+
+    def operations(self, draw: training.Draw, batch: int) -> int:
+        """Floating point operations of forward and backward."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.loss(draw, batch).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+
+def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """All arms of one seed: a row for each arm and checkpoint."""
+    size, device = SIZES[name], torch.device("cpu")
+    model.MODEL_CONFIG.update(size.model)
+    with tempfile.TemporaryDirectory() as folder:
+        files = dataset.write_rgba(photos.shipped_photos(), Path(folder) / "pictures", print)
+        subjects = dataset.read_caches(dataset.write_caches(files, Path(folder) / "caches", size.side), device)
+    base = model.build_model(seed, device)
+    world = training.world_examples(photos.world_pictures(), size.side, seed, device)
+    training.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
+    test = Test(base.eval(), subjects)
+    draw = next(training.draws(subjects, 1, seed))
+    counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw, size.batch) for arm in arms}
+    full = {prior: counts[Arm(prior=prior)] for prior in (False, True)}
+    trainees = [Trainee(arm, base, subjects, size, seed, counts[arm] / full[arm.prior]) for arm in arms]
+    rows = []
+    for round_ in range(1, max(trainee.steps for trainee in trainees) + 1):
+        for trainee in trainees:
+            if round_ > trainee.steps:
+                continue
+            trainee.advance(size.batch)
+            if round_ % max(1, trainee.steps // CHECKPOINTS) and round_ != trainee.steps:
+                continue
+            scores = test.score(trainee.model.eval())
+            trainee.model.train()
+            rows.append(
+                {"model": name, "seed": seed, "arm": trainee.arm.name, "step": round_, "steps": trainee.steps,
+                 "work_per_step": round(counts[trainee.arm] / full[trainee.arm.prior], 4),
+                 "cpu_seconds": round(trainee.seconds, 2), "inside": round(scores.inside, 5),
+                 "outside": round(scores.outside, 5), "drift_outside": round(scores.drift_outside, 5)}
+            )  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+    return [{**row, **environment()} for row in rows]
+
+
+def report(rows: list[dict[str, str]]) -> str:
+    """The last checkpoints as a table: mean over seeds, and the difference to all tokens, paired by seed, with its standard error."""
+    lines = []
+    for name in SIZES:
+        last = {(row["arm"], row["seed"]): row for row in rows if row["model"] == name and row["step"] == row["steps"]}
+        arms = list(dict.fromkeys(arm for arm, _ in last))
+        if not arms:
+            continue
+        seeds = sorted({seed for _, seed in last})
+        lines += [f"\n{name} model, {len(seeds)} seeds", "| arm | work per step | time per step | error inside | against all |"]
+        lines[-1] += " error outside | drift outside | against all |"
+        lines.append("|---" * 8 + "|")
+        for arm in arms:
+            reference = "keep 1, prior" if "prior" in arm else "keep 1"
+            pairs = [(last[arm, seed], last[reference, seed]) for seed in seeds if (arm, seed) in last]
+            mine = [one for one, _ in pairs]
+            pace = [float(a["cpu_seconds"]) / int(a["steps"]) / (float(b["cpu_seconds"]) / int(b["steps"])) for a, b in pairs]
+            cells = [arm, f"{float(mine[0]['work_per_step']):.2f}", f"{sum(pace) / len(pace):.2f}"]
+            for field, paired in (("inside", True), ("outside", False), ("drift_outside", True)):
+                cells.append(f"{sum(float(one[field]) for one in mine) / len(mine):.3f}")
+                if paired:
+                    cells.append(_difference([float(a[field]) - float(b[field]) for a, b in pairs]))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _difference(values: list[float]) -> str:
+    numbers = torch.tensor(values, dtype=torch.float64)
+    error = float(numbers.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return f"{float(numbers.mean()):+.3f} ± {error:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--arms", nargs="+", help='only these, by name ("keep 0.5"), and what they are compared with')
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    path = args.output or ROOT / "bench/results" / slug(device_name()) / "routing.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    done = {(row["model"], int(row["seed"])) for row in rows}
+    wanted = {Arm().name, Arm(prior=True).name, *(args.arms or [arm.name for arm in ARMS])}
+    for seed in () if args.report else args.seeds:
+        if (args.model, seed) in done:
+            continue
+        found = run(args.model, seed, [arm for arm in ARMS if arm.name in wanted])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]))
+            if not rows:
+                writer.writeheader()
+            writer.writerows(found)
+        rows += [{name: str(value) for name, value in row.items()} for row in found]
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main()
