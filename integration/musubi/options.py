@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,22 @@ class MaskOptions:
         "whose weights share a denominator: one process, all processes, or also all accumulated micro-batches",
         NORMALIZE_ACROSS,
     )
+    mask_routing: float = _option(
+        1.0,
+        "share of the tokens computed in the middle blocks, in (0, 1]: first what the mask trains; below 1 is faster",
+    )
+    mask_routing_blocks: str | None = _option(
+        None,
+        "first and last of those blocks, as 2-37; without it all but the two (in small models one) at either end",
+        kind=str,
+    )
+    mask_routing_background: float = _option(
+        0.25, "share of the computed tokens that is background where the mask could fill them all, in [0, 1)"
+    )
+    mask_routing_until: float = _option(
+        1.0, "share of the training after which every token is computed everywhere, in (0, 1]"
+    )
+    mask_routing_grow: int = _option(1, "patches by which the mask is widened for this; >= 0")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -80,6 +97,7 @@ class MaskOptions:
         self._bounded("prior_warmup_ratio", 0, 1)
         if not 0 <= self.prior_ema_decay < 1:
             raise _refused("prior_ema_decay", "must be in [0, 1)", self.prior_ema_decay)
+        self._check_routing()
         self.config()  # raises for the loss's own fields
         if self.mask_normalize_across == "accumulation" and self.mask_area_scale_beta and not self.normalize_per_sample:
             raise UserError(
@@ -101,6 +119,37 @@ class MaskOptions:
                 "add --normalize_per_sample, use world or rank, or drop --inverted_mask_prior",
                 2,
             )
+
+    def _check_routing(self) -> None:
+        for name in ("mask_routing", "mask_routing_until"):
+            if not 0 < getattr(self, name) <= 1:
+                raise _refused(name, "must be in (0, 1]", getattr(self, name))
+        if not 0 <= self.mask_routing_background < 1:
+            raise _refused("mask_routing_background", "must be in [0, 1)", self.mask_routing_background)
+        if self.mask_routing_grow < 0:
+            raise _refused("mask_routing_grow", "must be >= 0", self.mask_routing_grow)
+        blocks = self.routed_blocks
+        if blocks is not None and blocks[0] > blocks[1]:
+            raise _refused("mask_routing_blocks", "must be FIRST-LAST", self.mask_routing_blocks)
+        if self.mask_routing < 1 and self.mask_area_scale_beta:
+            raise UserError(
+                "--mask_area_scale_beta scales by the whole mask, and --mask_routing trains a part of it: drop one", 2
+            )
+        if self.mask_routing < 1 and self.mask_normalize_across == "world" and self.prior_on:
+            raise UserError(
+                "--mask_normalize_across world with --mask_routing and --inverted_mask_prior cannot be had: use rank",
+                2,
+            )
+
+    @property
+    def routed_blocks(self) -> tuple[int, int] | None:
+        """The first and the last routed block, or None for the default."""
+        if self.mask_routing_blocks is None:
+            return None
+        found = re.fullmatch(r"(\d+)-(\d+)", self.mask_routing_blocks)
+        if found is None:
+            raise _refused("mask_routing_blocks", "must be FIRST-LAST, as 2-37", self.mask_routing_blocks)
+        return int(found[1]), int(found[2])
 
     def _check_kind(self, field: dataclasses.Field[Any]) -> None:
         value, kind, choices = getattr(self, field.name), field.metadata["kind"], field.metadata["choices"]
@@ -153,6 +202,9 @@ class MaskOptions:
             found.append("--prior_decay_timestep_start does nothing with --prior_decay_schedule constant")
         if "loss_delta" in given and self.loss_type not in ("huber", "smooth_l1"):
             found.append(f"--loss_delta does nothing with --loss_type {self.loss_type}")
+        routing = sorted(f"--{name}" for name in given if name.startswith("mask_routing_"))
+        if self.mask_routing == 1 and routing:
+            found.append(f"{', '.join(routing)} does nothing without --mask_routing below 1")
         if self.mask_probability == 0:
             found.append("--mask_probability 0 masks no batch at all")
         if self.mask_normalize_across == "world" and world_size == 1:

@@ -11,6 +11,7 @@ Two generations of one family have different seams:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -143,7 +144,10 @@ class _Masked:
             if self.blocks_to_swap:  # type: ignore[attr-defined]
                 # Only the backward pass brings swapped blocks back; the teacher has none.
                 accelerator.unwrap_model(transformer).switch_block_swap_for_training()
-        return step, parent(*given, **named)
+        routing = self.masked.routing
+        model = accelerator.unwrap_model(transformer)
+        with routing.through(model, step.routed) if routing is not None else contextlib.nullcontext():
+            return step, parent(*given, **named)
 
     def _weighting(self, args: Any, timesteps: torch.Tensor, noise_scheduler: Any, dtype: torch.dtype) -> Any:
         return self._trainer_module().compute_loss_weighting_for_sd3(

@@ -13,8 +13,10 @@ from masked_loss_triton import mask_weights, masked_loss
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.options import MaskOptions
+from masked_loss_triton.integration.musubi.routing import Routing
 from masked_loss_triton.integration.musubi.teacher import Teacher, adapters_of
 from masked_loss_triton.integration.musubi.window import Window
+from masked_loss_triton.routing import RoutedWeights
 from masked_loss_triton.stats import MaskedLossStats
 
 STATE_FILE = "masked_loss.safetensors"
@@ -33,6 +35,7 @@ class Step:
         needs_teacher: whether any sample has a prior region.
         prior: the teacher's prediction, of the shape of pred.
         layout: of pred, see `masked_loss`.
+        routed: which tokens the student computes, and the weights that are left; None where it computes all.
     """
 
     mask: torch.Tensor | None
@@ -42,6 +45,7 @@ class Step:
     needs_teacher: bool = False
     prior: torch.Tensor | None = None
     layout: str = "channels_first"
+    routed: RoutedWeights | None = None
 
 
 def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: bool) -> torch.Tensor:
@@ -82,6 +86,8 @@ class MaskedTraining:
         self.masked = 0
         self.taught = 0
         self.teacher: Teacher | None = None
+        self.routing: Routing | None = None
+        self._routed: RoutedWeights | None = None
         self._seed: int | None = None
         self._saved_average: dict[str, torch.Tensor] = {}
         self._stepped = False
@@ -115,6 +121,7 @@ class MaskedTraining:
             self.masked += 1
             if self.options.prior_on:
                 self._plan_prior(step, args, timesteps)
+            self._plan_routing(step, args, accelerator)
         self.step += 1
         self.taught += step.needs_teacher
         self._stepped = accelerator.sync_gradients
@@ -133,6 +140,8 @@ class MaskedTraining:
             self.teacher = Teacher(model, decay)
             if self._saved_average:
                 self.teacher.load(self._saved_average)
+        if self.options.mask_routing < 1:
+            self.routing = Routing(self.options, model, self._seed)
         trained = [value for adapter in adapters_of(model).values() for value in adapter.parameters()]
         self._window = Window(self.options.mask_normalize_across, accelerator, self.config, trained)
 
@@ -159,6 +168,20 @@ class MaskedTraining:
         wanted = (region.flatten(1).amax(1) > 0) & (torch.as_tensor(weight, device=region.device) > 0)
         step.prior_weight, step.needs_teacher = weight, bool(wanted.any())
 
+    def _plan_routing(self, step: Step, args: Any, accelerator: Any) -> None:
+        if self.routing is not None:
+            assert step.mask is not None
+            step.routed = self.routing.weights(
+                step.mask,
+                self.config,
+                (step.mask.shape[0], *step.positions),
+                step.prior_gate,
+                has_prior=step.needs_teacher,
+                step=self.step,
+                rank=accelerator.process_index,
+                progress=self.optimizer_step / args.max_train_steps,
+            )
+
     def loss(
         self, pred: torch.Tensor, target: torch.Tensor, step: Step, weighting: torch.Tensor | None, wants_stats: bool
     ) -> torch.Tensor:
@@ -173,12 +196,17 @@ class MaskedTraining:
         assert self._window is not None
         call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": wants_stats}
         if step.prior is not None:
-            call.update(prior=step.prior, prior_gate=step.prior_gate, prior_weight=step.prior_weight)
-        call.update(self._window.denominators(pred, step.mask, step.positions))
-        result = masked_loss(pred, target, step.mask, self.config, **call)
+            call.update(prior=step.prior, prior_weight=step.prior_weight)
+        left = None if step.routed is None else step.routed.target
+        call.update(self._window.denominators(pred, step.mask, step.positions, left))
+        if step.routed is not None:
+            result = step.routed.loss(pred, target, **call)
+        else:
+            gate = None if step.prior is None else step.prior_gate
+            result = masked_loss(pred, target, step.mask, self.config, prior_gate=gate, **call)
         if not wants_stats:
             return result
-        loss, self._stats = result
+        (loss, self._stats), self._routed = result, step.routed
         return loss
 
     def logs(self) -> dict[str, float]:
@@ -198,7 +226,7 @@ class MaskedTraining:
         }
         if self.options.prior_on:
             found["mask/teacher_rate"] = self.taught / self.step
-        return found
+        return {**found, **self.routing.logs(self._routed)} if self.routing is not None else found
 
     def save(self, folder: str) -> None:
         """Writes counters and the teacher's average beside the trainer's state."""

@@ -33,7 +33,11 @@ class Window:
         self._total: torch.Tensor | None = None
 
     def denominators(
-        self, pred: torch.Tensor, mask: torch.Tensor | None, positions: tuple[int, int, int]
+        self,
+        pred: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: tuple[int, int, int],
+        weights: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Arguments of `masked_loss` for this micro-batch; rescales accumulated gradients as needed.
 
@@ -41,12 +45,13 @@ class Window:
             pred: of this micro-batch, any layout.
             mask: its mask, or None where it is not masked.
             positions: (F, H, W) of the loss, F counting layers of layered pictures.
+            weights: (B, F, H, W), where they are not those of the mask.
         """
         if self.across == "world" and self.accelerator.num_processes > 1:
             return {"process_group": torch.distributed.group.WORLD}
         if self.across != "accumulation":
             return {}
-        total = self._amount(pred, mask, positions)
+        total = self._amount(pred, mask, positions, weights)
         ranks = self.accelerator.num_processes
         if ranks > 1:
             torch.distributed.all_reduce(total)
@@ -64,12 +69,19 @@ class Window:
             self._count, self._total = 0, None
         return {"normalizer": normalizer}
 
-    def _amount(self, pred: torch.Tensor, mask: torch.Tensor | None, positions: tuple[int, int, int]) -> torch.Tensor:
+    def _amount(
+        self,
+        pred: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: tuple[int, int, int],
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
         """What this micro-batch adds to the denominator: elements, samples, or weights, 0-d float32."""
         batch = pred.shape[0]
         if self.config.per_sample:
             return torch.full((), float(batch), device=pred.device)
         if mask is None or self.config.normalization == "mean":
             return torch.full((), float(pred.numel()), device=pred.device)
-        weights, _ = mask_weights(mask, self.config, shape=(batch, *positions), has_prior=False)
+        if weights is None:
+            weights, _ = mask_weights(mask, self.config, shape=(batch, *positions), has_prior=False)
         return weights.sum() * (pred.numel() // (batch * positions[0] * positions[1] * positions[2]))

@@ -72,7 +72,7 @@ def routed(
     layout = layout_of(model)
     draw = random.Random(f"routing {seed} {step}")
     kept = router.choose(weights.target, layout.patch, draw, floor=config.min_weight, shared=layout.shared)
-    if kept.index.shape[1] == kept.tokens:
+    if keep == 1:
         yield weights
         return
     weights.drop(kept)

@@ -22,7 +22,7 @@ def layout_of(model: Any) -> Layout:
 def wan(model: Any) -> Layout:
     names = ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb")
     lane = Lane(model.blocks, names, "hidden_states", None, _shorten_wan)
-    return Layout((lane,), tuple(model.config.patch_size), shared=False)
+    return Layout((lane,), tuple(model.config.patch_size), False, _width(model))
 
 
 def _shorten_wan(named: dict[str, Any], cut: Cut) -> None:
@@ -41,7 +41,7 @@ def hunyuan_video(model: Any) -> Layout:
     streams = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
     double = Lane(model.transformer_blocks, (*streams, "freqs_cis"), "hidden_states", 0, _shorten_hunyuan_video)
     single = double._replace(blocks=model.single_transformer_blocks, names=(*streams, "image_rotary_emb"))
-    return Layout((double, single), patch, shared=True)
+    return Layout((double, single), patch, True, _width(model))
 
 
 def _shorten_hunyuan_video(named: dict[str, Any], cut: Cut) -> None:
@@ -65,7 +65,7 @@ def qwen_image(model: Any) -> Layout:
     )
     patch = model.config.patch_size
     lane = Lane(model.transformer_blocks, names, "hidden_states", 1, _shorten_qwen_image)
-    return Layout((lane,), (1, patch, patch), shared=True)
+    return Layout((lane,), (1, patch, patch), True, _width(model))
 
 
 def _shorten_qwen_image(named: dict[str, Any], cut: Cut) -> None:
@@ -74,6 +74,10 @@ def _shorten_qwen_image(named: dict[str, Any], cut: Cut) -> None:
     )
     if named.get("modulate_index") is not None:  # Edit 2511: which tokens belong to control pictures
         named["modulate_index"] = cut.once("index", named["modulate_index"], cut.take)
+
+
+def _width(model: Any) -> int:
+    return int(model.config.num_attention_heads * model.config.attention_head_dim)
 
 
 LAYOUTS = {

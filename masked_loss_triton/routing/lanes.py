@@ -22,31 +22,34 @@ class Cut:
 
     Args:
         kept: of the router.
-        total: how many tokens the blocks see; those beyond the router's (text, control pictures) are always kept.
+        x: (B, tokens, channels), what the first block is given; tokens beyond the router's (text, control pictures) are always
+            kept.
     """
 
-    def __init__(self, kept: Kept, total: int) -> None:
+    def __init__(self, kept: Kept, x: torch.Tensor) -> None:
+        total = x.shape[1]
         if total < kept.tokens:
             raise ValueError(
                 f"the mask has {kept.tokens} tokens and the model {total}: give a mask, or a shape, of the latents' size"
             )
-        rest = torch.arange(kept.tokens, total, device=kept.index.device).expand(len(kept.index), -1)
-        self.index = torch.cat([kept.index, rest], 1)
+        index = kept.index.to(x.device)
+        rest = torch.arange(kept.tokens, total, device=x.device).expand(len(index), -1)
+        self.kept, self.index = kept, torch.cat([index, rest], 1)
         self.dropped = kept.tokens - kept.index.shape[1]
         self._seen: dict[str, tuple[Any, Any]] = {}
 
     def take(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """The kept tokens of x, (B, tokens, ...) or with the tokens in another dimension where a batch shares them."""
-        if len(self.index) == 1:
-            return x.index_select(dim, self.index[0].to(x.device))
-        if x.shape[0] == 1:
-            x = x.expand(len(self.index), *x.shape[1:])
-        index = self.index.to(x.device)
+        index = self.index
+        x = x.to(index.device)
+        if len(index) == 1:
+            return x.index_select(dim, index[0])
+        x = x.expand(len(index), *x.shape[1:]) if x.shape[0] == 1 else x
         return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
     def put(self, full: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`full` with x in place of its kept tokens, in the dtype of x."""
-        return full.to(x.dtype).scatter(1, self.index.to(x.device).unsqueeze(-1).expand_as(x), x)
+        return full.to(x.dtype).scatter(1, self.index.unsqueeze(-1).expand_as(x), x)
 
     def once(self, name: str, value: Any, cut: Callable[[Any], Any]) -> Any:
         """cut(value), made for the first of the blocks that are all given the same value."""
@@ -80,11 +83,13 @@ class Layout(NamedTuple):
         lanes: in the order in which they run.
         patch: positions of one token, (frames, height, width).
         shared: whether the samples of a batch share their rotary embedding, and so must share the kept tokens.
+        width: channels of a token.
     """
 
     lanes: tuple[Lane, ...]
     patch: tuple[int, int, int]
     shared: bool
+    width: int
 
     def routed_blocks(self, blocks: tuple[int, int] | None) -> tuple[int, int]:
         """The first and the last routed block, counted over all lanes. By default all but two at either end, or one in small
@@ -100,10 +105,10 @@ class Layout(NamedTuple):
             raise ValueError(f"blocks {first}-{last} cannot be routed: the model has blocks 0 to {count - 1}")
         return first, last
 
-    def saved(self, kept: Kept, blocks: tuple[int, int] | None, width: int) -> float:
+    def saved(self, kept: Kept, blocks: tuple[int, int] | None) -> float:
         """About which share of the model's computation is saved, text left out: a block costs tokens x (6 width + tokens)."""
         first, last = self.routed_blocks(blocks)
-        some, every = kept.index.shape[1], kept.tokens
+        some, every, width = kept.index.shape[1], kept.tokens, self.width
         per_block = 1 - some * (6 * width + some) / (every * (6 * width + every))
         return per_block * (last - first + 1) / sum(len(lane.blocks) for lane in self.lanes)
 
@@ -125,7 +130,7 @@ class _Run:
         named = {**dict(zip(lane.names, args, strict=False)), **kwargs}
         if opens:
             self.full = named[lane.hidden]
-            self.cut = Cut(self.kept, self.full.shape[1])
+            self.cut = Cut(self.kept, self.full)
             named[lane.hidden] = self.cut.take(self.full)
         assert self.cut is not None
         lane.shorten(named, self.cut)

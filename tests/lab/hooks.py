@@ -100,6 +100,9 @@ def observe() -> None:
         value = loss(self, pred, target, step, *rest)
         gradient = torch.autograd.grad(value, pred, retain_graph=True)[0]
         outside = (step.mask == 0).expand_as(gradient)
+        if step.routed is not None:
+            dropped = ~step.routed.kept.positions.unsqueeze(2 if step.layout == "layered" else 1).expand_as(gradient)
+            self.seen["dropped"] = float(gradient[dropped].abs().max())
         self.seen.update(
             outside=float(gradient[outside].abs().max()) if outside.any() else None,
             inside=float(gradient[~outside].abs().max()),
@@ -111,3 +114,10 @@ def observe() -> None:
         return value
 
     MaskedTraining.begin, MaskedTraining.loss = begin_and_keep, loss_and_look
+
+
+def every_token_through_the_hooks() -> None:
+    """Routing keeps all tokens, and takes them through its hooks nevertheless."""
+    from masked_loss_triton.routing import Router
+
+    Router.count = lambda self, tokens: tokens

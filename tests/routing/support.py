@@ -88,7 +88,7 @@ def oracle(lanes, index, blocks, tokens=TOKENS, text_first=False):
     inside = []
 
     def masked(query, key, value, attn_mask=None, **named):
-        if inside and key.shape[-2] >= tokens:
+        if inside and key.shape[-2] == query.shape[-2] >= tokens:
             rest = torch.ones(2, key.shape[-2] - tokens, dtype=torch.bool)
             keys = torch.cat([rest, on] if text_first else [on, rest], 1)[:, None, None]
             attn_mask = keys if attn_mask is None else attn_mask & keys
@@ -113,7 +113,7 @@ def oracle(lanes, index, blocks, tokens=TOKENS, text_first=False):
 
             def before(block, args, kwargs, seen=seen):
                 inside.append(None)
-                seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                seen["x"] = args[0] if args else kwargs["hidden_states"]
 
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             after = lambda block, args, output, seen=seen, place=place: by(place, seen["x"], output)  # noqa: E731

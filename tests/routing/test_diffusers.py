@@ -209,4 +209,4 @@ def test_half_the_tokens_take_at_most_six_tenths_of_the_operations(name):
     half, quarter = counts[1] / counts[0], counts[2] / counts[0]
     assert half <= 0.6
     assert quarter <= 0.45
-    assert layout_of(case.model).saved(step.kept, None, 384) == pytest.approx(1 - quarter, abs=0.06)
+    assert layout_of(case.model).saved(step.kept, None) == pytest.approx(1 - quarter, abs=0.06)

@@ -1,0 +1,71 @@
+"""Routing in the real trainers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.lab.fixture import FAMILIES, ROOT
+
+pytestmark = pytest.mark.slow
+HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks")
+BLOCKS = {"wan": "0-1", "hv": "1-3", "qwen": "0-0"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_tokens_learns_the_same_lora(laboratory, family):
+    """Without hooks, and with all tokens going through them; half the tokens learn another one."""
+    root = laboratory.cache(family, "masks")
+    stock = laboratory.train(family, root, "--use_mask_loss")
+    whole = laboratory.train(family, root, "--use_mask_loss", "--mask_routing", "1")
+    hooks = laboratory.train(family, root, *HALF, BLOCKS[family], hooks=("every_token_through_the_hooks",))
+    half = laboratory.train(family, root, *HALF, BLOCKS[family])
+    assert stock.lora == whole.lora == hooks.lora != half.lora
+    assert stock.losses == whole.losses == hooks.losses
+    assert half.metadata()["ss_mask_routing"] == "0.5"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_teaches_the_same(laboratory, family):
+    root = laboratory.cache(family, "masks")
+    flags = [*HALF, BLOCKS[family], "--inverted_mask_prior", "--mask_min_weight", "0.1"]
+    plain = laboratory.train(family, root, *flags)
+    checkpointed = laboratory.train(family, root, *flags, "--gradient_checkpointing")
+    assert plain.losses == pytest.approx(checkpointed.losses, rel=1e-3)
+    assert len(plain.losses) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_learned_outside_and_at_dropped_tokens(laboratory, family, tmp_path):
+    seen = tmp_path / "seen.jsonl"
+    root = laboratory.cache(family, "masks", tuple(f"img{i}" for i in range(6)))
+    observed = {"LAB_OBSERVE": str(seen), "LAB_MASKS": str(laboratory.fixture / "masks")}
+    run = laboratory.train(family, root, *HALF, BLOCKS[family], hooks=("observe",), **observed)
+    assert run.status == 0, run.output[-3000:]
+    steps = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert len(steps) == 4
+    for step in steps:
+        assert step["outside"] == step["dropped"] == 0
+        assert step["inside"] > 0
+
+
+def test_the_trainers_models_equal_the_oracle(musubi):
+    """WAN 2.1 and 2.2, text and picture to video; HunyuanVideo; Qwen-Image, edit, layered: to 2e-6 in float32, 1e-12 in float64."""
+    command = [sys.executable, "-m", "tests.lab.routed_models"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
+    given = {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 22
+    for one in found:
+        assert one["all"], one
+        assert one["differs"], one
+        assert one["checkpointed"], one
+    exact = {one["model"]: one["prediction"] for one in found if one["dtype"] == "float64"}
+    for family in ("hv", "qwen"):
+        assert exact[f"{family} split"] == pytest.approx(exact[family], rel=1e-12)
