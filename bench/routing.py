@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.environment import ROOT, device_name, environment, slug
 from masked_loss_triton import FlowTarget, MaskedLossConfig
-from masked_loss_triton.demo import dataset, model, photos, training
-from masked_loss_triton.demo.evaluate import Test
+from masked_loss_triton.demo import dataset, model, photos, tuning
+from masked_loss_triton.demo.evaluation import Test
 from masked_loss_triton.routing import routed
 
 CHECKPOINTS = 4
@@ -46,7 +46,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(192, {"num_layers": 6}, training.BATCH, 300, 120),
+    "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120),
     "large": Size(512, {"num_layers": 8, "attention_head_dim": 64, "ffn_dim": 1024}, 1, 60, 96),
 }
 
@@ -80,25 +80,21 @@ ARMS = (
 class Trainee:
     """A LoRA in training in one way."""
 
-    def __init__(
-        self, arm: Arm, base: Any, subjects: training.Examples, size: Size, seed: int, per_step: float
-    ) -> None:
+    def __init__(self, arm: Arm, base: Any, subjects: tuning.Examples, size: Size, seed: int, per_step: float) -> None:
         self.arm, self.subjects, self.seed = arm, subjects, seed
         self.steps = round(size.steps / per_step) if arm.longer else size.steps
         self.model = model.with_lora(base, seed).train()
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=training.LORA_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
+            self.parameters, lr=tuning.LORA_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
         )
         self.text = model.captions(subjects.names, torch.device("cpu"))
-        self.draws = training.draws(subjects, self.steps, seed)
+        self.draws = tuning.draws(subjects, self.steps, seed)
         self.step, self.seconds = 0, 0.0
 
     def advance(self, batch: int) -> None:
         start = time.process_time()
-        rate = training.LORA_LEARNING_RATE * min(
-            (self.step + 1) / training.WARM_UP, (1 - self.step / self.steps) * 1.25, 1
-        )
+        rate = tuning.LORA_LEARNING_RATE * min((self.step + 1) / tuning.WARM_UP, (1 - self.step / self.steps) * 1.25, 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.loss(next(self.draws), batch).backward()
@@ -107,12 +103,12 @@ class Trainee:
         self.step += 1
         self.seconds += time.process_time() - start
 
-    def loss(self, draw: training.Draw, batch: int) -> torch.Tensor:
+    def loss(self, draw: tuning.Draw, batch: int) -> torch.Tensor:
         index, noise, level = draw.index[:batch], draw.noise[:batch], draw.time[:batch]
         assert self.subjects.masks is not None
         latents, mask, text = self.subjects.latents[index], self.subjects.masks[index].unsqueeze(2), self.text[index]
-        noisy = training.noisy_latents(latents, noise, level)
-        prior = training._teacher(self.model, noisy, level, text) if self.arm.prior else None
+        noisy = tuning.noisy_latents(latents, noise, level)
+        prior = tuning._teacher(self.model, noisy, level, text) if self.arm.prior else None
         keep = self.arm.keep if self.step < self.arm.until * self.steps else 1.0
         chosen = {"background": self.arm.background, "seed": self.seed, "step": self.step}
         config = MaskedLossConfig(prior_weight=1.0)
@@ -120,7 +116,7 @@ class Trainee:
             pred = model.predict(self.model, noisy, level, text)
         return weights.loss(pred, FlowTarget(noise, latents), prior=prior, backend="torch")
 
-    def operations(self, draw: training.Draw, batch: int) -> int:
+    def operations(self, draw: tuning.Draw, batch: int) -> int:
         """Floating point operations of forward and backward."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.loss(draw, batch).backward()
@@ -133,13 +129,13 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     size, device = SIZES[name], torch.device("cpu")
     model.MODEL_CONFIG.update(size.model)
     with tempfile.TemporaryDirectory() as folder:
-        files = dataset.write_rgba(photos.shipped_photos(), Path(folder) / "pictures", print)
-        subjects = dataset.read_caches(dataset.write_caches(files, Path(folder) / "caches", size.side), device)
+        dataset.make_dataset(photos.shipped_photos(), Path(folder), size.side, print)
+        subjects = dataset.read_caches(Path(folder), device)
     base = model.build_model(seed, device)
-    world = training.world_examples(photos.world_pictures(), size.side, seed, device)
-    training.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
+    world = tuning.world_examples(photos.world_pictures(), size.side, seed, device)
+    tuning.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
     test = Test(base.eval(), subjects)
-    draw = next(training.draws(subjects, 1, seed))
+    draw = next(tuning.draws(subjects, 1, seed))
     counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw, size.batch) for arm in arms}
     full = {prior: counts[Arm(prior=prior)] for prior in (False, True)}
     trainees = [Trainee(arm, base, subjects, size, seed, counts[arm] / full[arm.prior]) for arm in arms]
