@@ -69,7 +69,8 @@ def replace_file(
                 _copy_attributes(target, old, temporary, file.fileno())
                 if keep_times:
                     changed = min(old.st_mtime_ns + TWO_SECONDS, os.fstat(file.fileno()).st_mtime_ns)
-                    os.utime(temporary, ns=(old.st_atime_ns, changed))
+                    with contextlib.suppress(OSError):  # no reason to give the contents up
+                        os.utime(temporary, ns=(old.st_atime_ns, changed))
             os.fsync(file.fileno())
             new = os.fstat(file.fileno())
             if os.name == "nt":  # an open file cannot be moved there
@@ -77,7 +78,7 @@ def replace_file(
             _move(temporary, target, expected, path)
         sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): {_state(target, old, new)}") from error
+        raise _not_written(path, target, old, new, str(error.strerror or error)) from error
 
 
 def _move(temporary: Path, target: Path, expected: tuple[int, ...] | None, path: str | os.PathLike[str]) -> None:
@@ -109,16 +110,21 @@ def changed_meanwhile(path: str | os.PathLike[str]) -> UserError:
     return UserError(f"{path} was written by another program meanwhile, and is left as it is: run this again")
 
 
-def _state(target: Path, old: os.stat_result | None, new: os.stat_result | None) -> str:
-    """What is there after a failure, as far as it can be seen."""
+def _not_written(
+    path: str | os.PathLike[str], target: Path, old: os.stat_result | None, new: os.stat_result | None, reason: str
+) -> UserError:
+    """The error line after a failure, with what is there now as far as it can be seen."""
     now: os.stat_result | None = None
     with contextlib.suppress(OSError):
         now = os.stat(target)
     if now is not None and new is not None and os.path.samestat(now, new):
-        return "the new file is in its place, but a power cut could still lose it"
+        return UserError(f"{path} is written, but the disk has not confirmed it ({reason}): a power cut could lose it")
+    state = "another program has changed it"
     if now is None or old is None:
-        return "nothing was written"
-    return "the old file is unchanged" if identity(now) == identity(old) else "another program has changed it"
+        state = "nothing was written"
+    elif identity(now) == identity(old):
+        state = "the old file is unchanged"
+    return UserError(f"{path} cannot be written ({reason}): {state}")
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
@@ -198,7 +204,10 @@ def _copy_attributes(source: Path, old: os.stat_result, target: Path, descriptor
                 # Labels of the system's security modules are the system's to set; all else is the user's.
                 if not name.startswith(("security.", "trusted.")):
                     raise
-    os.chmod(target, stat.S_IMODE(old.st_mode))
+    if (
+        os.fstat(descriptor).st_mode != old.st_mode
+    ):  # some file systems have one mode for all files, and refuse to set it
+        os.chmod(target, stat.S_IMODE(old.st_mode))
 
 
 def _attributes(path: Path) -> dict[str, bytes]:
@@ -218,7 +227,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EROFS):
             raise
     finally:
         os.close(descriptor)

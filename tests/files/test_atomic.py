@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -174,3 +176,74 @@ def test_a_failing_writer_leaves_nothing(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"old"
     with pytest.raises(UserError, match=r"cannot be written \(No such file or directory\): nothing was written"):
         replace_file(tmp_path / "no" / "x", write)
+
+
+UNCHANGED, CONFIRMED = "the old file is unchanged", "is written, but the disk has not confirmed it"
+# (call, from which function on, errno): what the writer says, and which file is there. All others: UNCHANGED, the old one.
+REFUSED = {
+    ("flock", None, "ENOLCK"): ("done", "new"),
+    ("fstat", None, "EIO"): ("nothing was written", "old"),
+    ("listxattr", None, "ENOTSUP"): ("done", "new"),
+    ("utimensat", None, "EPERM"): ("done", "new"),
+    ("renameat2", None, "EINVAL"): ("done", "new"),
+    ("unlink", None, "EIO"): ("done", "new"),
+    ("open", "sync_folder", "EMFILE"): (CONFIRMED, "new"),
+    ("fsync", "sync_folder", "EIO"): (CONFIRMED, "new"),
+    ("fsync", "sync_folder", "EINVAL"): ("done", "new"),
+    ("close", "sync_folder", "EIO"): (CONFIRMED, "new"),
+}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="needs the kernel's seccomp"
+)
+def test_every_system_call_of_a_write_may_fail_or_be_the_last_one(tmp_path):
+    """The old or the new file, whole, and words that are true; after a kill the next run clears up."""
+    command = [sys.executable, "-m", "tests.files.refused_calls", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "seccomp" in result.stderr:
+        pytest.skip("the kernel or a container forbids seccomp")
+    assert result.returncode == 0, result.stderr
+    killed = 0
+    for call, since, code, said, contents, left, after, known in map(json.loads, result.stdout.splitlines()):
+        case = (call, since, code, said)
+        assert contents in ("old", "new"), case
+        assert after == 0, case
+        if code is None:
+            killed += said is None
+            continue
+        assert left == (call == "unlink"), case
+        expected, file = REFUSED.get((call, since, code), (UNCHANGED, "old"))
+        if call in ("getxattr", "setxattr", "chown") and call.replace("get", "set") not in known:
+            expected, file = "done", "new"  # there was nothing to keep
+        assert expected in said, case
+        assert contents == file, case
+    assert killed >= 14
+
+
+def test_a_full_disk(tmp_path):
+    """A file system of 64 KiB, in a namespace of its own where the machine allows that."""
+    code = """
+import os, subprocess, sys
+from masked_loss_triton.files.atomic import replace_file
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", sys.argv[1]], check=True)
+os.chdir(sys.argv[1])
+replace_file("x", lambda file: file.write(b"o" * 40000))
+for size in (40000, 30000, 20000):
+    try:
+        replace_file("x", lambda file: file.write(b"n" * size))
+        print("done", end=" ")
+    except Exception as error:
+        print(type(error).__name__, error)
+    print(len(os.listdir()), open("x").read(1), os.stat("x").st_size)
+"""
+    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", code, str(tmp_path)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare on this machine")
+    if result.returncode:
+        assert "Error" not in result.stderr or "mount" in result.stderr, result.stderr
+        pytest.skip("this machine gives no mount namespaces")
+    full = "UserError x cannot be written (No space left on device): the old file is unchanged"
+    assert result.stdout.splitlines() == [full, "1 o 40000", full, "1 o 40000", "done 1 n 20000"]
