@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,9 @@ from masked_loss_triton.cache.inject import own_weights, verify_tensors
 from masked_loss_triton.cache.safetensors_file import read_header, rewrite
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files import atomic
+from tests.cache.nursery import Nursery, latents_of
 from tests.cache.support import Lab, disc, read
+from tests.files.support import namespaces
 
 
 def test_a_cache_that_was_replaced_after_its_header_was_read_is_left_alone(tmp_path):
@@ -190,3 +196,112 @@ def test_two_runs_with_other_options_keep_the_latents(tmp_path):
         loaded = load_file(path)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert sorted(os.listdir(lab.cache)) == sorted(path.name for path in before)
+
+
+ROUNDS, PICTURES = int(os.environ.get("ROUNDS", "12")), 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("place", ["one namespace", "two namespaces"])
+def test_commands_and_kills_in_any_order(tmp_path, place):
+    """Three commands at a time, a third of them killed: the latents stay those of the trainer's last run, and all is told."""
+    if place == "two namespaces" and namespaces("--pid", "--fork", "--mount-proc") is None:
+        pytest.skip("this machine gives no namespaces of process numbers")
+    lab = Lab(tmp_path)
+    config = {"general": {"caption_extension": ".txt", "enable_bucket": True}, "datasets": [{"resolution": [128, 128]}]}
+    config["datasets"][0].update(image_directory=str(lab.images), cache_directory=str(lab.cache))
+    (tmp_path / "dataset.json").write_text(json.dumps(config))
+    for i in range(PICTURES):
+        lab.picture(f"p{i}", mask=disc((160, 120), (i / PICTURES, 0.5)) if i % 2 else None)
+    nurseries = [Nursery([])]
+    if place == "two namespaces":
+        nurseries.append(Nursery(namespaces("--pid", "--fork", "--mount-proc") or []))
+    draw = random.Random(f"5 {place}")
+    seen: Counter[str] = Counter()
+    versions, caches = {0}, {}
+    try:
+        trainer = nurseries[0].ask(
+            run=["trainer", "--dataset_config", str(tmp_path / "dataset.json"), "--version", "0"], log="/dev/null"
+        )
+        assert nurseries[0].ask(wait=trainer) == 0
+        caches = {f"p{i}": lab.cache / f"p{i}_0160x0120_wan.safetensors" for i in range(PICTURES)}
+        for number in range(1, ROUNDS + 1):
+            for mask in draw.sample(range(0, PICTURES, 2), 2):
+                (lab.masks / f"p{mask}.png").unlink(missing_ok=True)  # for generate to do
+            round_of(lab, nurseries, draw, number, versions, seen)
+            for stem, path in caches.items():
+                latents = load_file(path)["latents_1x14x18_bfloat16"]
+                assert any(torch.equal(latents, latents_of(stem, version)) for version in versions), (stem, versions)
+        masks = ("--mask_directory", lab.masks)
+        assert lab.run("cache", *masks) == 0
+        assert lab.run("check", *masks, "--ignore", "missing,full") == 0
+        assert lab.run("cache", "--remove") == 0
+        left = {name for name in os.listdir(lab.cache) if not name.startswith(".tmp")}  # those are the trainer's
+        assert left == {path.name for path in caches.values()}
+        assert all(set(load_file(path)) == {"latents_1x14x18_bfloat16", "filler_float32"} for path in caches.values())
+    finally:
+        assert [nursery.close() for nursery in nurseries] == [0] * len(nurseries)
+    # What the rounds have shown: without these they would have shown nothing.
+    assert min(seen[what] for what in ("waited", "killed", "cache", "remove", "encode", "generate", "trainer")) > 0, (
+        seen
+    )
+
+
+def round_of(lab, nurseries, draw, number, versions, seen):
+    """Starts three commands, kills some, waits for all, and holds their statuses against what they said."""
+    script = ["--version", str(number)]
+    cache = ["cache", "--dataset_config", str(lab.toml), "--arch", "wan", "--mask_directory", str(lab.masks)]
+    commands = {
+        "cache": [*cache, "--mask_dilate", str(number)],
+        "again": [*cache, "--dtype", "float32", "--workers", "2"],
+        "remove": [*cache, "--remove"],
+        "generate": [
+            "generate",
+            "--input_dir",
+            str(lab.images),
+            "--output_dir",
+            str(lab.masks),
+            "--backend",
+            "grabcut",
+        ],
+        "encode": [*cache, "--encode", *script],
+        "trainer": [
+            "trainer",
+            "--dataset_config",
+            str(lab.folder / "dataset.json"),
+            *script,
+            *draw.choice([[], ["--in_place"]]),
+        ],
+    }
+    # Two trainers at a time would write two versions: whose is the last one nobody could say.
+    kinds = [*draw.sample(["cache", "again", "remove", "generate"], 2), draw.choice(["encode", "trainer", "cache"])]
+    draw.shuffle(kinds)
+    running = []
+    for i, kind in enumerate(kinds):
+        log = str(lab.folder / f"log {number} {i}")
+        nursery = draw.choice(nurseries)
+        running.append((kind, nursery, nursery.ask(run=commands[kind], log=log), log))
+        time.sleep(draw.uniform(0, 0.05))
+    for kind, nursery, pid, _ in draw.sample(running, len(running)):
+        # A trainer that is killed while it writes in place leaves half a file: nobody else can mend that.
+        if draw.random() < 0.35 and "--in_place" not in commands[kind]:
+            time.sleep(draw.uniform(0, 0.2))
+            nursery.ask(kill=pid)
+    for kind, nursery, pid, log in running:
+        status, said = nursery.ask(wait=pid), Path(log).read_text()
+        assert "Traceback" not in said, said
+        seen[kind] += 1
+        seen["killed"] += status is None
+        seen["waited"] += "waits for" in said
+        meanwhile = said.count("was written by another program meanwhile") + said.count("is cut short or damaged")
+        seen["meanwhile"] += meanwhile
+        if "trainer" in kinds and kind != "trainer":
+            assert status in (None, 1 if meanwhile else 0), said
+        else:
+            assert status in (None, 0), said
+            assert status is None or not meanwhile, said
+        if kind in ("encode", "trainer"):
+            if status is not None:
+                versions.clear()
+            versions.add(number)

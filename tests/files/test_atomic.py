@@ -17,6 +17,7 @@ import pytest
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files import atomic
 from masked_loss_triton.files.atomic import remove_leftovers, replace_file, temporary_folder, temporary_name
+from tests.files.support import namespaces
 
 WRITER = """
 import sys, time
@@ -237,13 +238,11 @@ for size in (40000, 30000, 20000):
         print(type(error).__name__, error)
     print(len(os.listdir()), open("x").read(1), os.stat("x").st_size)
 """
-    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", code, str(tmp_path)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no unshare on this machine")
-    if result.returncode:
-        assert "Error" not in result.stderr or "mount" in result.stderr, result.stderr
-        pytest.skip("this machine gives no mount namespaces")
+    command = namespaces("--mount")
+    if command is None:
+        pytest.skip("this machine gives no namespaces")
+    result = subprocess.run(
+        [*command, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     full = "UserError x cannot be written (No space left on device): the old file is unchanged"
     assert result.stdout.splitlines() == [full, "1 o 40000", full, "1 o 40000", "done 1 n 20000"]

@@ -13,6 +13,7 @@ import pytest
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files import locks
 from masked_loss_triton.files.locks import LOCK_NAME, folder_lock
+from tests.files.support import namespaces
 
 HOLD = """
 import sys, time
@@ -98,20 +99,12 @@ def test_several_folders_by_any_name_are_locked_once(tmp_path):
     assert not list(tmp_path.glob(f"*/{LOCK_NAME}"))
 
 
-def unshare():
-    """A command line in front of another one that runs it with process numbers of its own, as a container does."""
-    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
-    try:
-        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-            return command
-    except OSError:
-        pass
-    return None
+CONTAINER = namespaces("--pid", "--fork", "--mount-proc")
 
 
-@pytest.mark.skipif(unshare() is None, reason="this machine gives no process number namespaces")
+@pytest.mark.skipif(CONTAINER is None, reason="this machine gives no process number namespaces")
 def test_two_namespaces_of_process_numbers_share_the_lock(tmp_path, patch):
-    with hold(tmp_path, patch, *unshare()) as process:
+    with hold(tmp_path, patch, *CONTAINER) as process:
         try:
             with pytest.raises(UserError, match="in use by first"), folder_lock(tmp_path, "x", longest_wait=0.3):
                 pytest.fail("two have the lock")
