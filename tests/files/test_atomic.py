@@ -66,6 +66,28 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("swap", [True, False])
+def test_only_the_expected_file_is_replaced(tmp_path, monkeypatch, swap):
+    """Where the file system can swap two files, and where it cannot."""
+    if not swap:
+        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    old = atomic.identity(os.stat(path))
+
+    def write(file):
+        file.write(b"ours")
+        path.with_name("other").write_bytes(b"theirs")
+        os.replace(path.with_name("other"), path)
+
+    with pytest.raises(UserError, match="x was written by another program meanwhile"):
+        replace_file(path, write, expected=old)
+    assert path.read_bytes() == b"theirs"
+    replace_file(path, new, expected=atomic.identity(os.stat(path)))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_a_temporary_name_that_is_taken_is_not_written_to(tmp_path, monkeypatch):
     taken = temporary_name(tmp_path / "x")
     monkeypatch.setattr(atomic, "temporary_name", lambda path: taken)
