@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, mask_weights, masked_loss
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.routing import plan_routing, through
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,7 +77,15 @@ def micro_batch_loss(
     noisy = noisy_latents(batch).to(dtype)
     # The teacher goes first: its activations are gone before the student's are kept for the backward.
     prior = teacher_prediction(transformer, family, noisy, batch) if use_prior else None
-    pred = family.predict(model, noisy, batch["sigma"], batch["text"])
+    routed = batch.get("routed")
+    with through(transformer, routed):
+        pred = family.predict(model, noisy, batch["sigma"], batch["text"])
+    if routed is not None:
+        target, sums = (
+            FlowTarget(batch["noise"], batch["latents"]),
+            {"normalizer": normalizer, "process_group": process_group},
+        )
+        return routed.loss(pred, target, prior=prior, **sums)
     return masked_loss(
         pred,
         FlowTarget(batch["noise"], batch["latents"]),
@@ -102,7 +111,10 @@ def step_normalizer(batches: Sequence[dict[str, Any]], config: MaskedLossConfig,
         mask = batch["mask"]
         if mask is None:
             mask = torch.ones_like(batch["latents"][:, :1])
-        weights = mask_weights(mask, config, shape=(size, *grid), has_prior=use_prior, mask_gate=batch["mask_gate"])
+        if "routed" in batch:
+            weights = batch["routed"].target, batch["routed"].prior
+        else:
+            weights = mask_weights(mask, config, shape=(size, *grid), has_prior=use_prior, mask_gate=batch["mask_gate"])
         sums = [total + channels * weight.sum() for total, weight in zip(sums, weights, strict=True)]
     return tuple(sums) if use_prior else sums[0]
 
@@ -135,6 +147,13 @@ def train(args: argparse.Namespace) -> list[float]:
     losses = []
     for step in range(1, args.steps + 1):
         window = [to_device(next(batches), accelerator.device) for _ in range(args.gradient_accumulation_steps)]
+        if args.mask_routing < 1 and step <= args.mask_routing_until * args.steps:
+            for number, batch in enumerate(window):
+                seed = f"{args.seed} {accelerator.process_index} {number}"
+                options = {"config": config, "has_prior": use_prior, "mask_gate": batch["mask_gate"]}
+                batch["routed"] = plan_routing(
+                    transformer, batch["mask"], args.mask_routing, seed=seed, step=step, **options
+                )
         normalizer = step_normalizer(window, config, use_prior)
         total = torch.zeros((), device=accelerator.device)
         for number, batch in enumerate(window, 1):
@@ -273,6 +292,10 @@ def build_parser() -> argparse.ArgumentParser:
     loss.add_argument("--loss_delta", type=float, default=1.0)
     loss.add_argument("--prior_weight", type=float, default=0.0, help="holds what the mask leaves out; 0 is off")
     loss.add_argument("--prior_mask_threshold", type=float)
+    loss.add_argument(
+        "--mask_routing", type=float, default=1.0, help="share of the tokens computed in the middle blocks; 1 is all"
+    )
+    loss.add_argument("--mask_routing_until", type=float, default=1.0, help="share of the steps after which all are")
     return parser
 
 
@@ -291,6 +314,11 @@ def check(args: argparse.Namespace) -> None:
             f"--min_sigma and --max_sigma must be in [0, 1] and 0.05 apart, got {args.min_sigma} and {args.max_sigma}",
             2,
         )
+    for name in ("mask_routing", "mask_routing_until"):
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in (0, 1], got {getattr(args, name)}", 2)
+    if args.ignore_masks and args.mask_routing < 1:
+        raise UserError("--mask_routing computes what the masks train: it cannot be had with --ignore_masks", 2)
     if args.ignore_masks and args.prior_weight > 0:
         raise UserError("--prior_weight holds what the mask leaves out: with --ignore_masks there is no such region", 2)
 

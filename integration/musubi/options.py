@@ -77,7 +77,7 @@ class MaskOptions:
     )
     mask_routing_blocks: str | None = _option(
         None,
-        "first and last of those blocks, as 2-37; without it all but the two (in small models one) at either end",
+        "first and last of those blocks, as 2-37; without it all but the two at either end",
         kind=str,
     )
     mask_routing_background: float = _option(

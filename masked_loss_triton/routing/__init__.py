@@ -19,7 +19,46 @@ from masked_loss_triton.routing.lanes import Layout, rerouted
 from masked_loss_triton.routing.loss import RoutedWeights
 from masked_loss_triton.routing.router import Kept, Router
 
-__all__ = ["Kept", "Layout", "RoutedWeights", "Router", "routed"]
+__all__ = ["Kept", "Layout", "RoutedWeights", "Router", "plan_routing", "routed", "through"]
+
+
+def plan_routing(
+    model: Any,
+    mask: torch.Tensor | None,
+    keep: float = 0.5,
+    *,
+    config: MaskedLossConfig | None = None,
+    shape: tuple[int, int, int, int] | None = None,
+    background: float = 0.25,
+    grow: int = 1,
+    seed: Any = 0,
+    step: int = 0,
+    has_prior: bool = False,
+    prior_gate: torch.Tensor | None = None,
+    mask_gate: torch.Tensor | None = None,
+) -> RoutedWeights:
+    """Returns the tokens that one step keeps, and the weights of its loss; for `through`. The arguments are those of `routed`."""
+    router = Router(keep=keep, background=background, grow=grow)
+    if shape is None:
+        if mask is None:
+            raise ValueError("shape must be (B, F, H, W) of the latents where mask is None")
+        shape = (mask.shape[0], 1 if mask.dim() == 3 else mask.shape[-3], *mask.shape[-2:])
+    config, layout = config or MaskedLossConfig(), layout_of(model)
+    gates = {"prior_gate": prior_gate, "mask_gate": mask_gate}
+    weights = RoutedWeights(mask, config, shape, has_prior=has_prior, **gates)
+    if keep < 1:
+        draw = random.Random(f"routing {seed} {step}")
+        weights.drop(router.choose(weights.target, layout.patch, draw, floor=config.min_weight, shared=layout.shared))
+    return weights
+
+
+def through(
+    model: Any, weights: RoutedWeights | None, blocks: tuple[int, int] | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Within, the model computes in its middle blocks only the tokens that the weights of `plan_routing` keep."""
+    if weights is None or weights.kept is None:
+        return contextlib.nullcontext()
+    return rerouted(model, layout_of(model), weights.kept, blocks)
 
 
 @contextlib.contextmanager
@@ -28,16 +67,8 @@ def routed(
     mask: torch.Tensor | None,
     keep: float = 0.5,
     *,
-    config: MaskedLossConfig | None = None,
-    shape: tuple[int, int, int, int] | None = None,
     blocks: tuple[int, int] | None = None,
-    background: float = 0.25,
-    grow: int = 1,
-    seed: int = 0,
-    step: int = 0,
-    has_prior: bool = False,
-    prior_gate: torch.Tensor | None = None,
-    mask_gate: torch.Tensor | None = None,
+    **options: Any,
 ) -> Iterator[RoutedWeights]:
     """Within, the model computes only some of the tokens in its middle blocks; gives the weights of that step's loss.
 
@@ -61,20 +92,6 @@ def routed(
     Raises:
         ValueError: naming the argument and what it takes; for models that cannot be routed, with the reason.
     """
-    router = Router(keep=keep, background=background, grow=grow)
-    if shape is None:
-        if mask is None:
-            raise ValueError("shape must be (B, F, H, W) of the latents where mask is None")
-        shape = (mask.shape[0], 1 if mask.dim() == 3 else mask.shape[-3], *mask.shape[-2:])
-    config = config or MaskedLossConfig()
-    gates = {"prior_gate": prior_gate, "mask_gate": mask_gate}
-    weights = RoutedWeights(mask, config, shape, has_prior=has_prior, **gates)
-    layout = layout_of(model)
-    draw = random.Random(f"routing {seed} {step}")
-    kept = router.choose(weights.target, layout.patch, draw, floor=config.min_weight, shared=layout.shared)
-    if keep == 1:
-        yield weights
-        return
-    weights.drop(kept)
-    with rerouted(model, layout, kept, blocks):
+    weights = plan_routing(model, mask, keep, **options)
+    with through(model, weights, blocks):
         yield weights

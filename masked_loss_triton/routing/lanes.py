@@ -92,14 +92,14 @@ class Layout(NamedTuple):
     width: int
 
     def routed_blocks(self, blocks: tuple[int, int] | None) -> tuple[int, int]:
-        """The first and the last routed block, counted over all lanes. By default all but two at either end, or one in small
-        models.
+        """The first and the last routed block, counted over all lanes. By default all but two at either end; in small models all
+        but one, or all.
 
         Raises:
             ValueError: where the model has no such blocks.
         """
         count = sum(len(lane.blocks) for lane in self.lanes)
-        margin = 2 if count >= 12 else 1
+        margin = 2 if count >= 12 else int(count >= 3)
         first, last = (margin, count - 1 - margin) if blocks is None else blocks
         if not 0 <= first <= last < count:
             raise ValueError(f"blocks {first}-{last} cannot be routed: the model has blocks 0 to {count - 1}")

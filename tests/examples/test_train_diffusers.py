@@ -228,6 +228,35 @@ def test_the_loss_falls(name, tmp_path):
     assert losses[-1] < 0.97 * losses[0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_routing_computes_some_of_the_tokens(name, tmp_path):
+    """All tokens, through the hooks and weights of a routed step, are the unrouted training; half of them are another one."""
+    lab = caches(tmp_path / "data", name)
+    flags = [
+        "--steps",
+        "2",
+        "--batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--learning_rate",
+        "0.01",
+        "--mask_routing",
+    ]
+    plain, every, half = (run(lab, tmp_path / keep, *flags, keep) for keep in ("1", "0.99999", "0.5"))
+    assert_same(plain, every)
+    assert any(not torch.equal(plain[key], half[key]) for key in plain)
+    late = run(lab, tmp_path / "late", *flags, "0.5", "--mask_routing_until", "0.4")
+    assert_same(plain, late)
+
+
+@pytest.mark.parametrize("flags", [["--mask_routing", "0"], ["--mask_routing", "0.5", "--ignore_masks"]])
+def test_routing_that_cannot_be_is_refused(flags, tmp_path, capsys):
+    command = ["--arch", "wan", "--tiny", "--cache", str(tmp_path), "--output", str(tmp_path), *flags]
+    assert main(command) == 2
+    assert "--mask_routing" in capsys.readouterr().err
+
+
 def test_mask_probability_0_trains_on_everything(tmp_path):
     lab = caches(tmp_path / "data", "wan")
     flags = ["--steps", "1", "--batch_size", "2", "--learning_rate", "0.01"]
