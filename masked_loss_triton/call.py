@@ -1,4 +1,4 @@
-"""One call of the loss, validated and brought to one form. Nothing here touches the device; no later layer validates again.
+"""One call of the loss, validated and brought to one form. Nothing here waits for a device; no later layer validates again.
 
 Every tensor becomes a view, never a copy: pred, target and prior (B, C, F, H, W), the mask (B or 1, Fm, Hm, Wm), numbers per
 sample (B,).
@@ -7,7 +7,9 @@ sample (B,).
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch.autograd import forward_ad
@@ -17,7 +19,13 @@ from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LAYOUTS = ("channels_first", "layered")
+Number = torch.Tensor | float
+Normalizer = Number | Sequence[Number]
+
+Layout = Literal["channels_first", "layered"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+Backend = Literal["auto", "triton", "torch", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.bool)
 
@@ -25,6 +33,8 @@ _PRED_SHAPES = {
     "channels_first": "(B, C, F, H, W) or (B, C, H, W)",
     "layered": "(B, L, C, H, W)",
 }
+# What only the reference differentiates in.
+_CONSTANTS = ("target", "latents", "prior", "mask", "weighting", "prior_weight", "prior_gate", "mask_gate")
 _MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
 
 
@@ -44,6 +54,20 @@ class FlowTarget:
     def __post_init__(self) -> None:
         if self.sign not in (1, -1):
             raise ValueError(f"FlowTarget.sign must be 1 (noise - latents) or -1 (latents - noise), got {self.sign!r}")
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of `masked_loss` but return_stats, for its overloads."""
+
+    weighting: torch.Tensor | None
+    prior: torch.Tensor | None
+    prior_weight: torch.Tensor | float | Sequence[float] | None
+    prior_gate: torch.Tensor | None
+    mask_gate: torch.Tensor | None
+    normalizer: Normalizer | None
+    process_group: ProcessGroup | None
+    layout: Layout
+    backend: Backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +152,7 @@ def canonical_mask(
         layered: the frame axis of the loss counts layers; a mask has one entry per layer, or one for all.
 
     Raises:
-        TypeError, ValueError: naming the shape or dtype it got and those that are accepted.
+        TypeError, ValueError: naming the shape, dtype or values it got and those that are accepted.
     """
     mask = _tensor("mask", mask)
     _dtype("mask", mask, MASK_DTYPES, hint=": use float in [0, 1], uint8 in [0, 255] or bool")
@@ -153,7 +177,25 @@ def canonical_mask(
         raise ValueError(
             f"mask has {mask.shape[1]} layers in {got}, pred has {frames}: give one mask per layer, or one for all"
         )
+    refuse_bytes_as_floats("mask", mask)
     return mask
+
+
+def refuse_bytes_as_floats(name: str, mask: torch.Tensor) -> None:
+    """Raises when a floating mask holds values of 0 to 255, where they can be seen without waiting: on a CPU, not traced.
+
+    Clamped to [0, 1] they would be a mask of ones.
+    """
+    if mask.device.type != "cpu" or not mask.dtype.is_floating_point or torch.compiler.is_compiling():
+        return
+    if type(mask) is not torch.Tensor or torch._C._are_functorch_transforms_active():
+        return
+    largest = mask.detach().amax().item()
+    if 1.5 < largest < math.inf:
+        raise ValueError(
+            f"{name} is floating with a largest value of {largest:g}, but floating masks are in [0, 1]: divide it by 255, or give "
+            "the bytes as uint8"
+        )
 
 
 def per_sample_numbers(
@@ -298,8 +340,21 @@ def _checked_group(value: Any) -> Any:
     return value
 
 
-def refuse_transforms(inputs: LossInputs) -> None:
-    """Raises where the fused backends would lose a derivative or fail inside: forward mode, torch.func and vmap."""
+def refuse_lost_derivatives(inputs: LossInputs) -> None:
+    """Raises where a backend that differentiates in pred alone, once, would lose a derivative or fail inside.
+
+    Raises:
+        ValueError: something else requires grad.
+        RuntimeError: forward mode, torch.func or vmap.
+    """
+    if torch.is_grad_enabled():
+        values = [(name, getattr(inputs, name)) for name in _CONSTANTS]
+        for name, value in values + [("normalizer", number) for number in inputs.normalizer or ()]:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"{name} requires grad, but this backend differentiates with respect to pred only: "
+                    f"detach {name}, or use backend='reference'"
+                )
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
@@ -314,23 +369,4 @@ def refuse_transforms(inputs: LossInputs) -> None:
             raise RuntimeError(
                 f"{name} carries a tangent, but this backend of masked_loss has no forward-mode derivative: "
                 "use backend='reference'"
-            )
-
-
-def refuse_gradients(inputs: LossInputs) -> None:
-    """Raises when a gradient that the fused backends do not compute would silently be lost."""
-    if not torch.is_grad_enabled():
-        return
-    names = ("target", "latents", "prior", "mask", "weighting", "prior_weight", "prior_gate", "mask_gate")
-    for name in names:
-        value = getattr(inputs, name)
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but this backend differentiates with respect to pred only: "
-                f"detach {name}, or use backend='reference'"
-            )
-    for value in inputs.normalizer or ():
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            raise ValueError(
-                "normalizer requires grad, but it is a constant here: detach it, or use backend='reference'"
             )

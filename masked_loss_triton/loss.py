@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from masked_loss_triton.backend import BACKENDS, choose, implementation, stages
+from masked_loss_triton.backend import loss_function, stages
 from masked_loss_triton.call import (
+    BACKENDS,
     FLOAT_DTYPES,
+    Backend,
+    CallOptions,
     FlowTarget,
+    Layout,
+    Normalizer,
     canonical_mask,
     describe,
     per_sample_numbers,
-    refuse_gradients,
-    refuse_transforms,
 )
 from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.stats import MaskedLossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-
+Target = torch.Tensor | FlowTarget
+LossAndStats = tuple[torch.Tensor, MaskedLossStats]
 _DEFAULT = MaskedLossConfig()
 
 
@@ -34,23 +41,53 @@ def _checked(config: Any) -> MaskedLossConfig:
     return config
 
 
+@overload
 def masked_loss(
     pred: torch.Tensor,
-    target: torch.Tensor | FlowTarget,
+    target: Target,
+    mask: torch.Tensor | None,
+    config: MaskedLossConfig | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **call: Unpack[CallOptions],
+) -> torch.Tensor: ...
+@overload
+def masked_loss(
+    pred: torch.Tensor,
+    target: Target,
+    mask: torch.Tensor | None,
+    config: MaskedLossConfig | None = None,
+    *,
+    return_stats: Literal[True],
+    **call: Unpack[CallOptions],
+) -> LossAndStats: ...
+@overload
+def masked_loss(
+    pred: torch.Tensor,
+    target: Target,
+    mask: torch.Tensor | None,
+    config: MaskedLossConfig | None = None,
+    *,
+    return_stats: bool,
+    **call: Unpack[CallOptions],
+) -> torch.Tensor | LossAndStats: ...
+def masked_loss(
+    pred: torch.Tensor,
+    target: Target,
     mask: torch.Tensor | None,
     config: MaskedLossConfig | None = None,
     *,
     weighting: torch.Tensor | None = None,
     prior: torch.Tensor | None = None,
-    prior_weight: torch.Tensor | float | None = None,
+    prior_weight: torch.Tensor | float | Sequence[float] | None = None,
     prior_gate: torch.Tensor | None = None,
     mask_gate: torch.Tensor | None = None,
-    normalizer: Any = None,
+    normalizer: Normalizer | None = None,
     process_group: ProcessGroup | None = None,
-    layout: str = "channels_first",
-    backend: str = "auto",
+    layout: Layout = "channels_first",
+    backend: Backend = "auto",
     return_stats: bool = False,
-) -> Any:
+) -> torch.Tensor | LossAndStats:
     """The mask-weighted loss of a prediction.
 
         loss = sum(w rho(pred - target)) / sum(w)  +  prior_weight * sum(v rho(pred - prior)) / sum(v)
@@ -115,13 +152,10 @@ def masked_loss(
         normalizer=normalizer,
         process_group=process_group,
     )
-    name = choose(backend, pred)
-    if name != "reference":
-        refuse_gradients(inputs)
-        refuse_transforms(inputs)
+    run = loss_function(backend, inputs)
     with _without_autocast(pred.device.type):
-        loss, stats = implementation(name)(inputs, config, return_stats)
-    return (loss, stats) if return_stats else loss
+        loss, stats = run(inputs, config, return_stats)
+    return loss if stats is None else (loss, stats)
 
 
 def mask_weights(
@@ -174,7 +208,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 class MaskedLoss(torch.nn.Module):
     """`masked_loss` as a module: `MaskedLoss(config)` or `MaskedLoss(gamma=0.7, min_weight=0.05)`, then called the same way."""
 
-    def __init__(self, config: MaskedLossConfig | None = None, *, backend: str = "auto", **options: Any) -> None:
+    def __init__(self, config: MaskedLossConfig | None = None, *, backend: Backend = "auto", **options: Any) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -183,9 +217,33 @@ class MaskedLoss(torch.nn.Module):
         self.config = MaskedLossConfig(**options) if config is None else _checked(config)
         self.backend = backend
 
+    if TYPE_CHECKING:  # torch types the call of a module as Any
+
+        @overload
+        def __call__(
+            self,
+            pred: torch.Tensor,
+            target: Target,
+            mask: torch.Tensor | None,
+            *,
+            return_stats: Literal[False] = False,
+            **call: Unpack[CallOptions],
+        ) -> torch.Tensor: ...
+        @overload
+        def __call__(
+            self,
+            pred: torch.Tensor,
+            target: Target,
+            mask: torch.Tensor | None,
+            *,
+            return_stats: Literal[True],
+            **call: Unpack[CallOptions],
+        ) -> LossAndStats: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def forward(
-        self, pred: torch.Tensor, target: torch.Tensor | FlowTarget, mask: torch.Tensor | None, **call: Any
-    ) -> Any:
+        self, pred: torch.Tensor, target: Target, mask: torch.Tensor | None, **call: Any
+    ) -> torch.Tensor | LossAndStats:
         return masked_loss(pred, target, mask, self.config, **{"backend": self.backend, **call})
 
     def extra_repr(self) -> str:

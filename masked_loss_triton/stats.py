@@ -11,7 +11,8 @@ class MaskedLossStats(NamedTuple):
     """Each field is a 0-d tensor on the device of pred, float32 (float64 from the reference in float64), without gradient.
 
     Means, minima and maxima are over the positions of the batch. "raw" is the mask at the size of the loss after inversion,
-    before blur and gamma; "target_weight" is w, "prior_weight" is v. Reading a value (`float(stats.loss)`) synchronises.
+    before blur and gamma; "target_weight" is w, "prior_weight" is v. Reading a value (`float(stats.loss)`) synchronises, and so
+    do `to_dict` and printing, which shows a table.
     """
 
     loss: torch.Tensor
@@ -45,3 +46,19 @@ class MaskedLossStats(NamedTuple):
         loss = target_term + prior_term
         share = prior_term / torch.where(loss == 0, torch.ones_like(loss), loss)
         return cls._make([loss, target_term, prior_term, *(number.detach() for number in numbers), share])
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as floats. Waits for the device once."""
+        return dict(zip(self._fields, torch.stack(tuple(self)).tolist(), strict=True))
+
+    def __str__(self) -> str:
+        """A table: one row per number, or per mean, minimum and maximum of the same thing."""
+        values = self.to_dict()
+        rows = [f"{'':<16}{'mean':>12}{'min':>12}{'max':>12}"]
+        for name, value in values.items():
+            thing, _, which = name.rpartition("_")
+            if which not in ("min", "max"):
+                numbers = [value, *(values[f"{thing}_{w}"] for w in ("min", "max") if which == "mean")]
+                title = (thing if which == "mean" else name).replace("_", " ")
+                rows.append(f"{title:<16}" + "".join(f"{number:>12.5g}" for number in numbers))
+        return "\n".join(rows)

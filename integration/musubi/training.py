@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton import mask_weights, masked_loss
+from masked_loss_triton.call import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.options import MaskOptions
@@ -72,6 +73,10 @@ def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: b
             f"{names[0]} of a batch is {got}, its latents need {expected}: some of its items have no mask, or one of other "
             f"latents; {again}"
         )
+    try:
+        refuse_bytes_as_floats(names[0], mask)
+    except ValueError as error:
+        raise UserError(f"{error}; {again}") from error
     return mask[:, :, 1:] if first_layer_dropped else mask
 
 
@@ -213,8 +218,7 @@ class MaskedTraining:
         """The last loss's parts and the rates so far, for the trainer's trackers. Waits for the device once."""
         if self._stats is None:
             return {}
-        stats = self._stats._asdict()
-        values = dict(zip(stats, torch.stack(list(stats.values())).tolist(), strict=True))
+        values = self._stats.to_dict()
         found = {
             "mask/target_loss": values["target_term"],
             "mask/prior_loss": values["prior_term"],

@@ -9,11 +9,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+from masked_loss_triton.call import BACKENDS, LossInputs, refuse_lost_derivatives
+from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.stats import MaskedLossStats
+
+LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor, MaskedLossStats | None]]
 
 
 @functools.cache
@@ -51,19 +54,25 @@ def choose(name: str, pred: torch.Tensor) -> str:
     return name
 
 
-def implementation(name: str) -> Callable[..., Any]:
-    """`loss(inputs, config, return_stats) -> (loss, stats)` of a backend that `choose` returned."""
-    if name == "triton":
-        from masked_loss_triton.backend import fused
+def loss_function(name: str, inputs: LossInputs) -> LossFunction:
+    """`loss(inputs, config, return_stats)` of the backend that is asked for, after it has refused what it cannot compute.
 
-        return fused.loss
+    Raises:
+        ValueError, RuntimeError: see `choose` and `refuse_lost_derivatives`.
+    """
+    name = choose(name, inputs.pred)
+    if name == "reference":
+        from masked_loss_triton.backend import reference
+
+        return reference.loss
+    refuse_lost_derivatives(inputs)
     if name == "torch":
         from masked_loss_triton.backend import closed_form
 
         return closed_form.loss
-    from masked_loss_triton.backend import reference
+    from masked_loss_triton.backend import fused
 
-    return reference.loss
+    return fused.loss
 
 
 def refuse_second_derivative() -> None:
