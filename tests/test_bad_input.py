@@ -99,6 +99,19 @@ def test_a_bad_call_is_one_clear_error(error, match, call):
     rejects(error, match, **call)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_bytes_as_floats_are_an_error_and_not_a_mask_of_ones(dtype):
+    """The values of a picture without its division by 255: clamped, even its black would be weight 1."""
+    mask = torch.randint(1, 256, (2, 5, 7)).to(dtype)
+    mask[0, 0, 0] = 255
+    match = r"mask is floating with a largest value of 255, but floating masks are in \[0, 1\]: divide it by 255"
+    rejects(ValueError, match, mask=mask)
+    with pytest.raises(ValueError, match=match):
+        mask_weights(mask, shape=(2, 1, 5, 7))
+    for right in (mask / 255 * 1.01, mask.to(torch.uint8), torch.full((2, 5, 7), float("inf"))):
+        masked_loss(PRED, torch.zeros_like(PRED), right)
+
+
 def test_a_bad_sign_of_a_flow_target():
     with pytest.raises(ValueError, match=r"FlowTarget.sign must be 1 .* or -1 .*, got 2"):
         FlowTarget(PRED, PRED, sign=2)

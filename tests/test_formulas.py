@@ -228,6 +228,17 @@ def test_the_module_is_the_function():
     assert torch.equal(module(pred, target, mask), masked_loss(pred, target, mask, module.config))
 
 
+def test_stats_are_a_table_and_floats():
+    mask = torch.tensor([[[0.0, 0.5], [1.0, 1.0]]])
+    _, stats = masked_loss(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), mask, return_stats=True)
+    numbers = stats.to_dict()
+    assert numbers == {name: value.item() for name, value in stats._asdict().items()}
+    lines = str(stats).splitlines()
+    assert lines[0].split() == ["mean", "min", "max"]
+    assert "target weight          0.625           0           1" in lines
+    assert len(lines) == 1 + len(numbers) - 2 * 3
+
+
 def test_mask_weights_are_those_of_the_loss():
     mask = torch.rand(2, 1, 24, 40)
     config = MaskedLossConfig(gamma=0.7, min_weight=0.05, blur_kernel_size=3)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from masked_loss_triton.call import BACKENDS, LossInputs, refuse_lost_derivatives
+from masked_loss_triton.call import BACKENDS, Backend, LossInputs, refuse_lost_derivatives
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
@@ -29,7 +29,7 @@ def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(name: str, pred: torch.Tensor) -> str:
+def choose(name: Backend, pred: torch.Tensor) -> Backend:
     """The backend that computes the loss of `pred`.
 
     "auto": the reference for float64, Triton on a CUDA or ROCm device where triton is installed, else torch.
@@ -54,7 +54,7 @@ def choose(name: str, pred: torch.Tensor) -> str:
     return name
 
 
-def loss_function(name: str, inputs: LossInputs) -> LossFunction:
+def loss_function(name: Backend, inputs: LossInputs) -> LossFunction:
     """`loss(inputs, config, return_stats)` of the backend that is asked for, after it has refused what it cannot compute.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import choose
+from masked_loss_triton.call import Backend
 from masked_loss_triton.demo import dataset, figures, model, photos, report, tuning
 from masked_loss_triton.demo.encoder import PATCH, decode
 from masked_loss_triton.demo.evaluation import SHOWN_TIME, TIMES, Claim, Scores, Test, check_claims
@@ -38,7 +39,7 @@ class Settings:
     steps: int
     seed: int
     device: str
-    backend: str
+    backend: Backend
     quick: bool
 
     @property
@@ -130,7 +131,7 @@ def _run(settings: Settings) -> int:
     return _conclude(settings, claims, time.perf_counter() - start)
 
 
-def _choose(settings: Settings) -> tuple[torch.device, str]:
+def _choose(settings: Settings) -> tuple[torch.device, Backend]:
     """The device to train on, and the backend that the loss will use there."""
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
@@ -143,7 +144,7 @@ def _choose(settings: Settings) -> tuple[torch.device, str]:
 
 
 def _train(
-    settings: Settings, subjects: tuning.Examples, device: torch.device, backend: str, stages: Stages
+    settings: Settings, subjects: tuning.Examples, device: torch.device, backend: Backend, stages: Stages
 ) -> Results:
     with stages.stage("the world, encoded"):
         world = tuning.world_examples(photos.world_pictures(), settings.side, settings.seed, device)
@@ -165,7 +166,12 @@ def _train(
 
 
 def _tune(
-    settings: Settings, subjects: tuning.Examples, way: tuning.Way, backend: str, results: Results, progress: Progress
+    settings: Settings,
+    subjects: tuning.Examples,
+    way: tuning.Way,
+    backend: Backend,
+    results: Results,
+    progress: Progress,
 ) -> None:
     """One way of tuning, measured as it goes; adds it to `results`."""
     before = results.scores["base"]

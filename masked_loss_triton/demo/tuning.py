@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
+from masked_loss_triton.call import Backend
 from masked_loss_triton.demo.encoder import encode
 from masked_loss_triton.demo.model import Model, captions, predict
 
@@ -100,14 +101,14 @@ def noisy_latents(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     return (1 - t) * latents + t * noise
 
 
-def train_base(model: Model, world: Examples, steps: int, seed: int, backend: str, after_step: AfterStep) -> None:
+def train_base(model: Model, world: Examples, steps: int, seed: int, backend: Backend, after_step: AfterStep) -> None:
     """Trains all of `model`, in place, on the world, without masks."""
     way = Way("base", "base model", MaskedLossConfig(), uses_mask=False)
     _train(model, world, way, draws(world, steps, seed), steps, BASE_LEARNING_RATE, backend, after_step)
 
 
 def tune(
-    model: Model, subjects: Examples, way: Way, steps: int, seed: int, backend: str, after_step: AfterStep
+    model: Model, subjects: Examples, way: Way, steps: int, seed: int, backend: Backend, after_step: AfterStep
 ) -> None:
     """Trains the LoRA of `model`, in place, on the subjects in one way. The same seed gives every way the same noise and
     times; the loss is all that differs."""
@@ -121,7 +122,7 @@ def _train(
     batches: Iterator[Draw],
     steps: int,
     learning_rate: float,
-    backend: str,
+    backend: Backend,
     after_step: AfterStep,
 ) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
