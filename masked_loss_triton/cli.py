@@ -10,9 +10,11 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.progress import printable
 
 COMMANDS = {
     "demo": "masked_loss_triton.commands.demo",
@@ -78,6 +80,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args = build_parser().parse_args(argv)
+    # Pillow's word to programmers about large pictures, which are refused where they are too large.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         return args.run(args)
     except BrokenPipeError:
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explained = explain(error)
         if explained is None or (args.debug and isinstance(error, Exception)):
             raise
-        print(f"masked-loss {args.command}: {explained[0]}", file=sys.stderr)
+        print(printable(f"masked-loss {args.command}: {explained[0]}"), file=sys.stderr)
         return explained[1]
 
 

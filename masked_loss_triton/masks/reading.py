@@ -1,4 +1,4 @@
-"""Picture and mask files as arrays: one error line for each file that cannot be read.
+"""Reads picture and mask files as arrays: one error line for each file that cannot be read.
 
 A mask comes from the picture's alpha channel, else from a mask file, else it is full weight or an error.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import stat
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,16 @@ UNREAD_EXTENSIONS = (
         ".3gp",
     ),
 )
+# What is decoded: not the formats that run other programs (EPS) or that no trainer reads. JXL and HEIF come with plugins.
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "TGA", "PPM", "JPEG2000", "AVIF", "JXL", "HEIF"),
+)
+ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
+MAX_PIXELS = 2**27  # 134 million: a picture of more would take gigabytes
+# Larger ones are decoded one at a time: each takes up to 16 bytes a pixel for a moment, and there are many threads.
+LARGE_PIXELS = 2**25
+LARGE_BLOCK = 2**26  # bytes
+_one_large = threading.RLock()
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -98,7 +110,7 @@ def read_picture(path: str | os.PathLike[str], exif: bool = True) -> Picture:
     """Decodes one picture: the first frame of an animation, 16 bits per channel brought to 8, CMYK to RGB.
 
     Args:
-        path: any format Pillow reads.
+        path: one of `FORMATS`, whatever the ending of its name says.
         exif: turn the picture upright as its EXIF orientation says. musubi-tuner, sd-scripts and diffusion-pipe do not.
 
     Raises:
@@ -147,12 +159,18 @@ def read_mask(
 
 
 def read_mask_file(path: str | os.PathLike[str], exif: bool = True) -> np.ndarray:
-    """A mask file as (H, W): uint8 where the file has at most 8 bits per channel, else float32 in [0, 1].
+    """Decodes a mask file to (H, W): uint8 where the file has at most 8 bits per channel, else float32 in [0, 1].
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it; also for an animation, of which only one frame would count.
     """
     with open_image(path, exif) as image:
+        frames = getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
+        if frames > 1:
+            raise UserError(
+                f"{path} is an animation of {frames} frames: a mask is one picture, and that of a clip a folder of PNGs or a "
+                "video"
+            )
         return _grey(image, path)
 
 
@@ -185,18 +203,38 @@ def to_float(values: np.ndarray) -> np.ndarray:
 def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Image.Image]:
     """Opens a picture for decoding, turned upright when `exif`. Whatever a decoder raises becomes one UserError.
 
+    Large pictures are decoded one at a time, whatever the number of threads.
+
     Raises:
         UserError: naming the file and what is wrong with it.
     """
     try:
         check_is_file(path)
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image, contextlib.ExitStack() as stack:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise UserError(_too_large(path, f"{image.width}x{image.height} pixels"))
+            if pixels > LARGE_PIXELS:
+                stack.enter_context(_one_large)
+                # Blocks that the C library gives back at once; smaller ones it would keep, for each thread.
+                Image.core.set_block_size(LARGE_BLOCK)
             yield ImageOps.exif_transpose(image) if exif else image
     except UserError:
         raise
     except Exception as error:
         # Broken files make decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError, ...
         raise unreadable(path, error) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow and its plugins have."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _too_large(path: str | os.PathLike[str], size: str) -> str:
+    return f"{path} has {size}, more than the {MAX_PIXELS // 10**6} million that are decoded: make it smaller"
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
@@ -226,7 +264,7 @@ def unreadable(path: str | os.PathLike[str], error: Exception) -> UserError:
     if isinstance(error, Image.UnidentifiedImageError):
         return UserError(f"{path} is not a picture in a known format, or is damaged: save it again or remove it")
     if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"{path} has more pixels than can be decoded safely: make it smaller")
+        return UserError(_too_large(path, "too many pixels"))
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{path} is damaged and cannot be decoded ({reason}): save it again or remove it")
 
@@ -259,9 +297,8 @@ def _grey(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
         return _high_depth(image, path)
     if has_alpha(image):
         rgba = image.convert("RGBA")
-        luma = np.asarray(rgba.convert("RGB").convert("L"), np.uint16)
-        alpha = np.asarray(rgba.getchannel("A"), np.uint16)
-        return ((luma * alpha + 127) // 255).astype(np.uint8)
+        black = Image.new("L", image.size)
+        return np.array(Image.composite(rgba.convert("L"), black, rgba.getchannel("A")))
     return np.array(image if image.mode == "L" else image.convert("L"))
 
 
