@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ from masked_loss_triton.generate.mask_files import read_note
 from masked_loss_triton.masks.reading import unread_text
 
 MOST_NAMES = 10
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Summary:
@@ -40,7 +45,7 @@ class Summary:
             if note.get("fallback"):
                 self.nothing.append(str(job.source))
 
-    def add(self, done: Done, say: Callable[[str], None] = print) -> None:
+    def add(self, done: Done, say: Callable[[str], None] = _say) -> None:
         """Counts one job; `say` prints its problem."""
         if done.status == "written":
             self.means.append(done.mean)
@@ -53,7 +58,7 @@ class Summary:
         else:
             self.add_problem(done.message, say)
 
-    def add_problem(self, message: str, say: Callable[[str], None] = print) -> None:
+    def add_problem(self, message: str, say: Callable[[str], None] = _say) -> None:
         """Tells and counts a problem."""
         self.problems.append(message)
         say(printable(f"masked-loss generate: {message}"))

@@ -164,13 +164,7 @@ def read_mask_file(path: str | os.PathLike[str], exif: bool = True) -> np.ndarra
     Raises:
         UserError: naming the file and what is wrong with it; also for an animation, of which only one frame would count.
     """
-    with open_image(path, exif) as image:
-        frames = getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
-        if frames > 1:
-            raise UserError(
-                f"{path} is an animation of {frames} frames: a mask is one picture, and that of a clip a folder of PNGs or a "
-                "video"
-            )
+    with open_image(path, exif, animation=False) as image:
         return _grey(image, path)
 
 
@@ -200,10 +194,15 @@ def to_float(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Image.Image]:
-    """Opens a picture for decoding, turned upright when `exif`. Whatever a decoder raises becomes one UserError.
+def open_image(path: str | os.PathLike[str], exif: bool = False, animation: bool = True) -> Iterator[Image.Image]:
+    """Opens a picture for decoding. Whatever a decoder raises becomes one UserError.
 
     Large pictures are decoded one at a time, whatever the number of threads.
+
+    Args:
+        path: one of `FORMATS`.
+        exif: turn it upright.
+        animation: accept a file of several frames, and show the first one.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -214,6 +213,10 @@ def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Ima
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise UserError(_too_large(path, f"{image.width}x{image.height} pixels"))
+            if not animation and image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1:
+                raise UserError(
+                    f"{path} is an animation: a mask is one picture, and that of a clip a folder of PNGs or a video"
+                )
             if pixels > LARGE_PIXELS:
                 stack.enter_context(_one_large)
                 # Blocks that the C library gives back at once; smaller ones it would keep, for each thread.

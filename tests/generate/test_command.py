@@ -183,11 +183,74 @@ def test_bad_folders_are_one_line(folder, capsys):
     assert "must be two folders" in capsys.readouterr().err
 
 
-def test_masks_among_the_pictures_are_no_pictures(folder):
+def test_masks_and_sheets_among_the_pictures_are_no_pictures(folder, capsys):
     save(folder / "in" / "a.png")
-    assert generate(folder, out="in/masks") == 0
-    assert generate(folder, out="in/masks") == 0
-    assert sorted(contents(folder / "in")) == ["a.png", "masks/a.png"]
+    for _ in range(2):
+        assert generate(folder, "--sheet_limit", "4", out="in/masks") == 0
+        assert sorted(contents(folder)) == ["in/a.png", "in/masks/a.png", "in_masks_sheet.html", "in_masks_sheet.png"]
+    # A second folder of masks, and a sheet that was moved.
+    (folder / "in_masks_sheet.png").rename(folder / "in" / "sheet.png")
+    capsys.readouterr()
+    assert generate(folder, out="in/more") == 0
+    assert sorted(contents(folder / "in" / "more")) == ["a.png"]
+    assert "2 masks and contact sheets of earlier runs among the pictures: passed over" in capsys.readouterr().out
+    for place in ("in/look", "out/look"):
+        assert generate(folder, "--sheet_limit", "4", "--sheet", folder / place) == 2
+        assert "would be read as a picture or mask" in capsys.readouterr().err
+
+
+def test_names_reach_terminal_and_page_as_text(folder, capsys):
+    name = "<img src=x>\x1b[31m\u202e\nb&.png"
+    (folder / "<b>in").mkdir()
+    save(folder / "<b>in" / name)
+    (folder / "<b>in" / f"bad{name}").write_bytes(b"x")
+    assert generate(folder, "--sheet_limit", "4", "--sheet", folder / "look", source="<b>in") == 1
+    said = capsys.readouterr()
+    assert "<img src=x>\\x1b[31m\\u202e\\nb&.png is not a picture" in said.err
+    assert not set(said.out + said.err) & {"\x1b", "\u202e"}
+    page = (folder / "look.html").read_text()
+    assert page.count("<img") == 1
+    assert "<b>" not in page
+    assert "&lt;img src=x&gt;" in page
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(folder):
+    for number, stem in enumerate(("a" * 251, "\u65e5" * 83)):
+        save(folder / "in" / f"{stem}.png", number)
+    write_clip(folder / "in" / f"{'c' * 251}.mp4", [subject(0)[0]] * 2)
+    for flags in ((), (), ("--overwrite",)):
+        assert generate(folder, *flags) == 0
+        assert len(contents(folder / "out")) == 4
+
+
+def test_pictures_of_kinds_that_are_not_read_are_counted(folder, capsys):
+    for name in ("a.HEIC", "b.heic", "c.dng", "d.txt"):
+        (folder / "in" / name).write_bytes(b"x")
+    assert generate(folder) == 2
+    assert "has no pictures or clips in it (1 .dng, 2 .heic: not read here" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    save(folder / "in" / "e.png")
+    assert generate(folder) == 0
+    assert "Skipped: 1 .dng, 2 .heic: not read here nor by the trainers; convert them" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_written_are_told_before_the_work_and_never_cost_the_summary(folder, capsys):
+    save(folder / "in" / "a.png")
+    (folder / "file").write_text("x")
+    # With a backend whose weights are absent: they would be asked for next.
+    assert generate(folder, "--backend", "florence2+sam2", "--text_prompt", "a", out="file/out") == 2
+    assert f"--output_dir {folder / 'file' / 'out'} cannot be written (Not a directory)" in capsys.readouterr().err
+    assert generate(folder, "--sheet_limit", "4", "--sheet", folder / "file" / "look") == 1
+    said = capsys.readouterr()
+    assert "look.png cannot be written (" in said.err
+    assert "1 masks written, 0 without a detection, 1 problems" in said.out
+
+
+def test_large_pictures_are_no_matter_of_warnings(folder, capsys, monkeypatch):
+    save(folder / "in" / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 64 - 1)
+    assert generate(folder) == 0
+    assert "Decompression" not in capsys.readouterr().err
 
 
 def test_the_contact_sheet_shows_everything(folder, capsys):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.reading import read_mask, read_picture
+from masked_loss_triton.masks import reading
+from masked_loss_triton.masks.reading import read_mask, read_mask_file, read_picture
 
 
 @pytest.fixture
@@ -103,7 +107,6 @@ def test_16_bit_with_alpha(tmp_path, rng, channels):
 
 def png_16_bit_grey_alpha(values: np.ndarray) -> bytes:
     import struct
-    import zlib
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -235,3 +238,66 @@ def test_extreme_sizes(tmp_path, size):
     picture = read_picture(save(tmp_path / "a.png", np.full(size, 9, np.uint8)))
     assert picture.rgb.shape == (*size, 3)
     assert read_mask(tmp_path / "a.png").values.shape == size
+
+
+@pytest.mark.parametrize(("extension", "options"), [("gif", {}), ("webp", {}), ("png", {"duration": 40})])
+def test_an_animation_is_no_mask(tmp_path, extension, options):
+    frames = [Image.fromarray(np.full((12, 17), v, np.uint8)) for v in (200, 100, 0)]
+    frames[0].save(tmp_path / f"m.{extension}", save_all=True, append_images=frames[1:], **options)
+    with pytest.raises(UserError, match=rf"m\.{extension} is an animation: a mask is one picture"):
+        read_mask_file(tmp_path / f"m.{extension}")
+    frames[0].save(tmp_path / f"m.{extension}")
+    assert read_mask_file(tmp_path / f"m.{extension}").shape == (12, 17)
+
+
+def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):
+    """PostScript, whatever its file is called, would run Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / "x.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(UserError, match=r"x\.png is not a picture in a known format"):
+        read_picture(tmp_path / "x.png")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(13000, 13000), (40000, 40000)])
+def test_more_pixels_than_a_mask_can_need_are_refused_before_they_are_decoded(tmp_path, size):
+    """Pillow itself refuses the second one."""
+    Image.new("1", (8, 8)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data)
+    for read in (read_picture, read_mask_file):
+        with pytest.raises(
+            UserError, match=r"a\.png has .*pixels, more than the 134 million that are decoded: make it"
+        ):
+            read(tmp_path / "a.png")
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path, rgb, monkeypatch):
+    path = save(tmp_path / "a.png", rgb)
+    monkeypatch.setattr(reading, "LARGE_PIXELS", rgb[..., 0].size - 1)
+    open_now, most = 0, 0
+
+    def work(_):
+        nonlocal open_now, most
+        with reading.open_image(path):
+            open_now += 1
+            most = max(most, open_now)
+            time.sleep(0.02)
+            open_now -= 1
+
+    for limit, expected in ((rgb[..., 0].size - 1, 1), (rgb[..., 0].size, 4)):
+        monkeypatch.setattr(reading, "LARGE_PIXELS", limit)
+        most = 0
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert most == expected

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import frame_files, kept_frames, mask_frame_files, read_frames
+from masked_loss_triton.masks.frames import frame_files, has_alpha_frames, kept_frames, mask_frame_files, read_frames
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, aspect_differs
 
 
@@ -129,21 +129,34 @@ def test_video_masks_are_black_and_white_where_they_were(tmp_path):
             list(read_frames(path))
 
 
-def test_a_video_with_alpha_gives_its_alpha(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "error"),
+    [("a.mov", "png", "rgba", 0), ("a.webm", "libvpx-vp9", "yuva420p", 0), ("a.webm", "libvpx", "yuva420p", 0.1)],
+)
+def test_a_video_with_alpha_gives_its_alpha(tmp_path, name, codec, pixels, error):
     av = pytest.importorskip("av")
-    path = tmp_path / "a.mov"
+    path = tmp_path / name
     alpha = np.zeros((48, 64), np.uint8)
     alpha[10:30, 20:50] = 255
     rgba = np.dstack([np.full((48, 64, 3), 90, np.uint8), alpha])
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("png", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgba"
-        for _ in range(2):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
+        stream = container.add_stream(codec, rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        stream.options = {"auto-alt-ref": "0", "crf": "5"} if codec != "png" else {}
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format=pixels)))
         container.mux(stream.encode())
+    assert has_alpha_frames(path)
     frames = list(read_frames(path, alpha=True))
-    assert len(frames) == 2
-    assert all(np.array_equal(frame, alpha) for frame in frames)
+    assert len(frames) == 3
+    assert all(np.abs(frame.astype(int) - alpha).mean() <= error for frame in frames)
+    path = tmp_path / "opaque.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba[..., :3], format="rgb24")))
+        container.mux(stream.encode())
+    assert not has_alpha_frames(path)
 
 
 def test_kept_frames_stop_and_go_on():
