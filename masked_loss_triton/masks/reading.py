@@ -61,7 +61,6 @@ UNREAD_EXTENSIONS = (
 FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "TGA", "PPM", "JPEG2000", "AVIF", "JXL", "HEIF"),
 )
-ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
 MAX_PIXELS = 2**27  # 134 million: a picture of more would take gigabytes
 # Larger ones are decoded one at a time: each takes up to 16 bytes a pixel for a moment, and there are many threads.
 LARGE_PIXELS = 2**25
@@ -162,9 +161,9 @@ def read_mask_file(path: str | os.PathLike[str], exif: bool = True) -> np.ndarra
     """Decodes a mask file to (H, W): uint8 where the file has at most 8 bits per channel, else float32 in [0, 1].
 
     Raises:
-        UserError: naming the file and what is wrong with it; also for an animation, of which only one frame would count.
+        UserError: naming the file and what is wrong with it.
     """
-    with open_image(path, exif, animation=False) as image:
+    with open_image(path, exif) as image:
         return _grey(image, path)
 
 
@@ -194,7 +193,7 @@ def to_float(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike[str], exif: bool = False, animation: bool = True) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike[str], exif: bool = False) -> Iterator[Image.Image]:
     """Opens a picture for decoding. Whatever a decoder raises becomes one UserError.
 
     Large pictures are decoded one at a time, whatever the number of threads.
@@ -202,7 +201,6 @@ def open_image(path: str | os.PathLike[str], exif: bool = False, animation: bool
     Args:
         path: one of `FORMATS`.
         exif: turn it upright.
-        animation: accept a file of several frames, and show the first one.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -213,10 +211,6 @@ def open_image(path: str | os.PathLike[str], exif: bool = False, animation: bool
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 raise UserError(_too_large(path, f"{image.width}x{image.height} pixels"))
-            if not animation and image.format in ANIMATIONS and getattr(image, "n_frames", 1) > 1:
-                raise UserError(
-                    f"{path} is an animation: a mask is one picture, and that of a clip a folder of PNGs or a video"
-                )
             if pixels > LARGE_PIXELS:
                 stack.enter_context(_one_large)
                 # Blocks that the C library gives back at once; smaller ones it would keep, for each thread.

@@ -240,16 +240,6 @@ def test_extreme_sizes(tmp_path, size):
     assert read_mask(tmp_path / "a.png").values.shape == size
 
 
-@pytest.mark.parametrize(("extension", "options"), [("gif", {}), ("webp", {}), ("png", {"duration": 40})])
-def test_an_animation_is_no_mask(tmp_path, extension, options):
-    frames = [Image.fromarray(np.full((12, 17), v, np.uint8)) for v in (200, 100, 0)]
-    frames[0].save(tmp_path / f"m.{extension}", save_all=True, append_images=frames[1:], **options)
-    with pytest.raises(UserError, match=rf"m\.{extension} is an animation: a mask is one picture"):
-        read_mask_file(tmp_path / f"m.{extension}")
-    frames[0].save(tmp_path / f"m.{extension}")
-    assert read_mask_file(tmp_path / f"m.{extension}").shape == (12, 17)
-
-
 def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):
     """PostScript, whatever its file is called, would run Ghostscript."""
     from PIL import EpsImagePlugin
