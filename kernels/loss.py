@@ -82,7 +82,7 @@ def loss_kernel(
     gates,
     sample,
     grad_output_ptr,  # () or None
-    out,  # `Outputs`, or None where only the gradient is wanted
+    out,
     flow_sign,
     shape,  # (B, C, F, H, W)
     tiles,  # of the partial sums of the weights
@@ -94,11 +94,12 @@ def loss_kernel(
     """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
     VECTOR: tl.constexpr = OPTIONS.VECTOR
     CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
+    BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
     _batch, channels, frames, height, width = shape
     b = tl.program_id(2)
     grid_positions = frames * height * width
     positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
-    position = tl.program_id(0) * OPTIONS.BLOCK_P + tl.arange(0, OPTIONS.BLOCK_P)[None, :]
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     inside = position < positions
     cell = position
     if OPTIONS.FOLD == 2:
@@ -130,7 +131,7 @@ def loss_kernel(
         if weights.v_ptr is not None:
             v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
     else:
-        m = tl.full((1, OPTIONS.BLOCK_P), 1.0, tl.float32)
+        m = tl.full((1, BLOCK_P), 1.0, tl.float32)
         if mask is not None:
             start = b.to(tl.int64) * (mask.b * OPTIONS.MASK_DIVISOR)
             if OPTIONS.MASK_FLAT:
@@ -145,8 +146,8 @@ def loss_kernel(
 
     # One sum per position: the channels of a block are added in the thread that holds them, and a sum per element would take four
     # times the registers.
-    target_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
-    prior_sum = tl.zeros((OPTIONS.BLOCK_P,), tl.float32)
+    target_sum = tl.zeros((BLOCK_P,), tl.float32)
+    prior_sum = tl.zeros((BLOCK_P,), tl.float32)
     pred_offsets = offsets_of(pred, b, at, position, OPTIONS)
     target_offsets = offsets_of(target, b, at, position, OPTIONS)
     first_channel = tl.program_id(1) * (OPTIONS.CHANNEL_BLOCKS * OPTIONS.BLOCK_C)
@@ -161,13 +162,13 @@ def loss_kernel(
             offsets = offsets_of(latents, b, at, position, OPTIONS) + channel * (latents.c * OPTIONS.DIVISOR)
             x = tl.load(latents.ptr + offsets, mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
-        error, slope = error_and_slope(p - t, delta, OPTIONS.LOSS_TYPE)
+        error, slope = error_and_slope(p - t, delta, OPTIONS)
         target_sum += tl.sum(target_weight * error, axis=0)
         value = target_weight * slope
         if prior is not None:
             offsets = offsets_of(prior, b, at, position, OPTIONS) + channel * (prior.c * OPTIONS.DIVISOR)
             q = tl.load(prior.ptr + offsets, mask=valid, other=0.0)
-            error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS.LOSS_TYPE)
+            error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS)
             prior_sum += tl.sum(prior_weight * error, axis=0)
             value += prior_weight * slope
         if gradient is not None:
@@ -175,7 +176,7 @@ def loss_kernel(
             offsets = offsets_of(gradient, b, at, position, OPTIONS) + channel * (gradient.c * OPTIONS.DIVISOR)
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
-    if out is not None:
+    if out.loss_ptr is not None:
         write_loss(out, weights, tl.sum(target_sum, axis=0), tl.sum(prior_sum, axis=0), b, shape, tiles, OPTIONS)
 
 
@@ -333,7 +334,7 @@ def launch_loss(
         layouts, weights.partials_ptr.shape[2], config, frames == 1 < pred.shape[2], _multiprocessors(device)
     )
     loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
-    out = None
+    out = Outputs(None, None, None)
     if grad_output is None:
         terms = torch.empty((2, math.prod(plan.grid)), dtype=torch.float32, device=device)
         out = Outputs(terms, loss, numbers if stats else None)

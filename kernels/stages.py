@@ -115,44 +115,47 @@ def cubic_far(t):
 
 
 @triton.jit
-def tap(window_start, window_count, t, k, size_in, MODE: tl.constexpr):
+def tap(window_start, window_count, t, k, size_in, OPTIONS: tl.constexpr):
     """Index and coefficient of tap k on one axis. For "area" the coefficient is 1 inside the window and 0 outside."""
-    if MODE == "bilinear":
+    if OPTIONS.MODE == "bilinear":
         # Below the first centre and behind the last one the border counts alone.
         index = tl.minimum(tl.maximum(window_start + k, 0), size_in - 1)
         return index, tl.where(k == 0, 1.0 - t, t)
-    elif MODE == "bicubic":
+    elif OPTIONS.MODE == "bicubic":
         index = tl.minimum(tl.maximum(window_start - 1 + k, 0), size_in - 1)
         near = tl.where(k == 1, cubic_near(t), cubic_near(1.0 - t))
         far = tl.where(k == 0, cubic_far(t + 1.0), cubic_far(2.0 - t))
         return index, tl.where((k == 1) | (k == 2), near, far)
     else:
-        tl.static_assert(MODE == "area" or MODE == "nearest" or MODE == "nearest-exact", "unknown way to resample")
+        tl.static_assert(
+            OPTIONS.MODE == "area" or OPTIONS.MODE == "nearest" or OPTIONS.MODE == "nearest-exact",
+            "unknown way to resample",
+        )
         inside = k < window_count
         return tl.where(inside, window_start + k, 0), tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
-def axis_window(index, size_in, size_out, scale, MODE: tl.constexpr):
+def axis_window(index, size_in, size_out, scale, OPTIONS: tl.constexpr):
     """Start, count and fraction of the taps of one spatial axis."""
-    if MODE == "nearest":
+    if OPTIONS.MODE == "nearest":
         # torch multiplies by a rounded float32 scale, and so does this, to land on the same input.
         start = (index.to(tl.float32) * scale).to(tl.int32)
         return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif MODE == "nearest-exact":
+    elif OPTIONS.MODE == "nearest-exact":
         start = ((index.to(tl.float32) + 0.5) * scale).to(tl.int32)
         return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif MODE == "area":
+    elif OPTIONS.MODE == "area":
         start, count = area_window(index, size_in, size_out)
         return start, count, 0.0 * index.to(tl.float32)
     else:
-        tl.static_assert(MODE == "bilinear" or MODE == "bicubic", "unknown way to resample")
+        tl.static_assert(OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic", "unknown way to resample")
         start, t = linear_window(index, size_in, size_out)
         return start, 1 + 0 * index, t
 
 
 @triton.jit
-def resampled(mask_ptr, at, valid, grid, how, MODE: tl.constexpr):
+def resampled(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
     """Stages 0 and 1: the mask at the positions of the loss. Each mask value is read once per position that averages it.
 
     Rows, columns and frames are summed separately: the rounding error grows with each sum's own length.
@@ -161,61 +164,61 @@ def resampled(mask_ptr, at, valid, grid, how, MODE: tl.constexpr):
         mask_ptr: at the sample. at: (frame, row, column). grid: (F, H, W) of the loss. how: `Resampling`.
     """
     f_start, f_count = area_window(at[0], how.frames, grid[0])
-    h_start, h_count, h_t = axis_window(at[1], how.height, grid[1], how.scale_h, MODE)
-    w_start, w_count, w_t = axis_window(at[2], how.width, grid[2], how.scale_w, MODE)
+    h_start, h_count, h_t = axis_window(at[1], how.height, grid[1], how.scale_h, OPTIONS)
+    w_start, w_count, w_t = axis_window(at[2], how.width, grid[2], how.scale_w, OPTIONS)
     total = tl.zeros(at[0].shape, tl.float32)
     for kf in range(how.taps_f):
         in_time = kf < f_count
         of_frame = tl.zeros(at[0].shape, tl.float32)
         for kh in range(how.taps_h):
-            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, how.height, MODE)
+            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, how.height, OPTIONS)
             of_row = tl.zeros(at[0].shape, tl.float32)
             for kw in range(how.taps_w):
-                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, how.width, MODE)
+                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, how.width, OPTIONS)
                 offsets = (
                     (f_start + kf).to(tl.int64) * how.f + h_index.to(tl.int64) * how.h + w_index.to(tl.int64) * how.w
                 )
                 wanted = valid & in_time
-                if MODE == "area":
+                if OPTIONS.MODE == "area":
                     wanted = wanted & (kh < h_count) & (kw < w_count)
                 value = read(tl.load(mask_ptr + offsets, mask=wanted, other=0))
-                if MODE == "bilinear" or MODE == "bicubic":
+                if OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic":
                     value = value * w_coefficient
                 of_row += value
-            if MODE == "bilinear" or MODE == "bicubic":
+            if OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic":
                 of_row = of_row * h_coefficient
             of_frame += of_row
-        if MODE == "bicubic":
+        if OPTIONS.MODE == "bicubic":
             of_frame = tl.where(of_frame > 1.0, 1.0, of_frame)
             of_frame = tl.where(of_frame < 0.0, 0.0, of_frame)
         total += of_frame
     count = f_count
-    if MODE == "area":
+    if OPTIONS.MODE == "area":
         count = count * h_count * w_count
     return tl.math.div_rn(total, count.to(tl.float32))
 
 
 @triton.jit
-def averaged(mask_ptr, at, valid, grid, how, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+def averaged(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
     """`resampled` by area where every position covers WINDOW_H x WINDOW_W mask values exactly and rows are runs of memory.
 
     A row of a window is read at once: neighbours read neighbouring windows, and no sector is asked for twice.
     """
     f_start, f_count = area_window(at[0], how.frames, grid[0])
-    tap_w = tl.arange(0, WINDOW_W)[None, :]
+    tap_w = tl.arange(0, OPTIONS.WINDOW_W)[None, :]
     total = tl.zeros(at[0].shape, tl.float32)
     for kf in range(how.taps_f):
         wanted = (valid & (kf < f_count))[:, None]
-        first = (f_start + kf).to(tl.int64) * how.f + (at[1] * WINDOW_H).to(tl.int64) * how.h
-        offsets = (first + at[2] * WINDOW_W)[:, None] + tap_w
+        first = (f_start + kf).to(tl.int64) * how.f + (at[1] * OPTIONS.WINDOW_H).to(tl.int64) * how.h
+        offsets = (first + at[2] * OPTIONS.WINDOW_W)[:, None] + tap_w
         of_frame = tl.zeros(at[0].shape, tl.float32)
-        for _ in range(WINDOW_H):
+        for _ in range(OPTIONS.WINDOW_H):
             value = tl.load(mask_ptr + offsets, mask=wanted, other=0)
             # Bytes are summed as they are, exactly, and divided by 255 once.
             of_frame += tl.sum(value.to(tl.float32) if value.dtype == tl.uint8 else read(value), axis=1)
             offsets += how.h
         total += of_frame
-    count = f_count * (WINDOW_H * WINDOW_W)
+    count = f_count * (OPTIONS.WINDOW_H * OPTIONS.WINDOW_W)
     return tl.math.div_rn(total, (count * 255 if mask_ptr.dtype.element_ty == tl.uint8 else count).to(tl.float32))
 
 
@@ -226,9 +229,9 @@ def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr
     if OPTIONS.FLAT:
         m = read(tl.load(mask_ptr + position, mask=valid, other=0))
     elif OPTIONS.WINDOW_W > 1:
-        m = averaged(mask_ptr, at, valid, grid, how, OPTIONS.WINDOW_H, OPTIONS.WINDOW_W)
+        m = averaged(mask_ptr, at, valid, grid, how, OPTIONS)
     else:
-        m = resampled(mask_ptr, at, valid, grid, how, OPTIONS.MODE)
+        m = resampled(mask_ptr, at, valid, grid, how, OPTIONS)
     return binarized_and_inverted(m, stages, OPTIONS)
 
 
@@ -301,21 +304,21 @@ def sample_gates(gates, b):
 
 
 @triton.jit
-def error_and_slope(d, delta, LOSS_TYPE: tl.constexpr):
+def error_and_slope(d, delta, OPTIONS: tl.constexpr):
     """Stage 8: (rho(d), rho'(d)) of backend/formulas.py, written so that rho shares the work of rho'."""
-    if LOSS_TYPE == "mse":
+    if OPTIONS.LOSS_TYPE == "mse":
         return d * d, 2.0 * d
-    elif LOSS_TYPE == "l1":
+    elif OPTIONS.LOSS_TYPE == "l1":
         return tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
-    elif LOSS_TYPE == "huber":
+    elif OPTIONS.LOSS_TYPE == "huber":
         slope = tl.where(d > delta, delta, tl.where(d < -delta, -delta, d))
         return slope * (d - 0.5 * slope), slope
-    elif LOSS_TYPE == "smooth_l1":
+    elif OPTIONS.LOSS_TYPE == "smooth_l1":
         scaled = d / delta
         slope = tl.where(scaled > 1.0, 1.0, tl.where(scaled < -1.0, -1.0, scaled))
         return slope * (d - 0.5 * delta * slope), slope
     else:
-        tl.static_assert(LOSS_TYPE == "pseudo_huber", "unknown kind of loss")
+        tl.static_assert(OPTIONS.LOSS_TYPE == "pseudo_huber", "unknown kind of loss")
         root = tl.sqrt_rn(1.0 + (d / delta) * (d / delta))
         # delta^2 (root - 1), without the digits that the difference would lose where d is small.
         return d * (d / (root + 1.0)), d / root

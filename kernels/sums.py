@@ -60,10 +60,10 @@ class Sample(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the loss goes, and its statistics if somebody asked for them."""
+    """Where the loss goes, and its statistics if somebody asked for them; None where only the gradient is wanted."""
 
-    terms_ptr: torch.Tensor  # (2, programs) float32
-    loss_ptr: torch.Tensor  # () float32
+    terms_ptr: torch.Tensor | None  # (2, programs) float32
+    loss_ptr: torch.Tensor | None  # () float32
     stats_ptr: torch.Tensor | None  # (STATS,) float32
 
 
@@ -74,11 +74,12 @@ def smaller(x, y):
 
 
 @triton.jit
-def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK_TILES: tl.constexpr):
+def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sum of one plane of the partial sums: of sample b, or of the whole batch."""
+    BLOCK_TILES: tl.constexpr = OPTIONS.BLOCK_TILES
     start = PLANE * batch * tiles
     count = batch * tiles
-    if PER_SAMPLE:
+    if OPTIONS.PER_SAMPLE:
         start += b * tiles
         count = tiles
     total = tl.zeros((BLOCK_TILES,), tl.float32)
@@ -93,7 +94,7 @@ def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: t
     """What the weighted errors of sample b are divided by, of one plane of the partial sums."""
     if OPTIONS.NORMALIZATION == "mean":
         return elements
-    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS.PER_SAMPLE, OPTIONS.BLOCK_TILES) * channels
+    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS) * channels
     if OPTIONS.NORMALIZATION == "mean_one":
         return total + eps * elements
     else:
@@ -119,7 +120,7 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
         elements = elements * batch
     s = 1.0 / (denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_W, OPTIONS) * samples)
     if norm.area_scale_beta is not None:
-        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, OPTIONS.PER_SAMPLE, OPTIONS.BLOCK_TILES)
+        sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, OPTIONS)
         s = s * power(sum_raw * channels / elements, norm.area_scale_beta)
     r = 0.0
     if HAS_PRIOR:
@@ -147,8 +148,9 @@ def sum_of(values_ptr, count):
 
 
 @triton.jit
-def write_weight_stats(partials_ptr, stats_ptr, count, positions, BLOCK_TILES: tl.constexpr):
+def write_weight_stats(partials_ptr, stats_ptr, count, positions, OPTIONS: tl.constexpr):
     """Means, minima and maxima of the raw mask, w and v, and their overlap: columns 3 to 12 of the statistics."""
+    BLOCK_TILES: tl.constexpr = OPTIONS.BLOCK_TILES
     for plane in tl.static_range(10):
         source_ptr = partials_ptr + plane * count
         if plane < MIN_RAW:
@@ -203,5 +205,5 @@ def write_loss(out, weights, target_sum, prior_sum, b, shape, tiles, OPTIONS: tl
             tl.store(out.stats_ptr + 1, target_term)
             tl.store(out.stats_ptr + 2, prior_term)
             positions = 1.0 * batch * (frames * height * width)
-            write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, positions, OPTIONS.BLOCK_TILES)
+            write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, positions, OPTIONS)
             tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))

@@ -100,8 +100,9 @@ def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, OPTIONS: tl.constexpr)
 
 
 @triton.jit
-def blurred_mask(raw_ptr, position, valid, grid, blur, KERNEL_SIZE: tl.constexpr):
+def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
     """Stage 3 over height and width of a contiguous raw mask, borders replicated."""
+    KERNEL_SIZE: tl.constexpr = OPTIONS.KERNEL_SIZE
     frame, row, column = split_position(position, grid[1], grid[2])
     total = tl.zeros(position.shape, tl.float32)
     for kh in range(KERNEL_SIZE):
@@ -133,6 +134,8 @@ def weights_kernel(
 
     Sums over tiles are left to whoever reads them: a few dozen numbers, added in a fixed order, without atomics.
     """
+    BLOCK: tl.constexpr = OPTIONS.BLOCK
+    HAS_PRIOR: tl.constexpr = OPTIONS.HAS_PRIOR
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     if (tile == 0) & (b == 0):
@@ -141,23 +144,23 @@ def weights_kernel(
     positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     prior_gate, mask_gate = sample_gates(gates, b)
 
-    sum_w = tl.zeros((OPTIONS.BLOCK,), tl.float32)
-    sum_v = tl.zeros((OPTIONS.BLOCK,), tl.float32)
-    sum_raw = tl.zeros((OPTIONS.BLOCK,), tl.float32)
+    sum_w = tl.zeros((BLOCK,), tl.float32)
+    sum_v = tl.zeros((BLOCK,), tl.float32)
+    sum_raw = tl.zeros((BLOCK,), tl.float32)
     if OPTIONS.STATS:
-        sum_overlap = tl.zeros((OPTIONS.BLOCK,), tl.float32)
-        min_raw = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
-        max_raw = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
-        min_w = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
-        max_w = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
-        min_v = tl.full((OPTIONS.BLOCK,), float("inf"), tl.float32)
-        max_v = tl.full((OPTIONS.BLOCK,), -float("inf"), tl.float32)
+        sum_overlap = tl.zeros((BLOCK,), tl.float32)
+        min_raw = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_raw = tl.full((BLOCK,), -float("inf"), tl.float32)
+        min_w = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_w = tl.full((BLOCK,), -float("inf"), tl.float32)
+        min_v = tl.full((BLOCK,), float("inf"), tl.float32)
+        max_v = tl.full((BLOCK,), -float("inf"), tl.float32)
 
     for step in range(blocks_per_tile):
-        position = (tile * blocks_per_tile + step) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
+        position = (tile * blocks_per_tile + step) * BLOCK + tl.arange(0, BLOCK)
         valid = position < positions
         if mask_ptr is None:
-            raw = tl.full((OPTIONS.BLOCK,), 1.0, tl.float32)
+            raw = tl.full((BLOCK,), 1.0, tl.float32)
             blurred = raw
         elif blur is None:
             raw = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
@@ -165,8 +168,8 @@ def weights_kernel(
         else:
             sample_ptr = mask_ptr + b * (how.b * OPTIONS.DIVISOR)
             raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
-            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS.KERNEL_SIZE)
-        w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, OPTIONS.HAS_PRIOR)
+            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS)
+        w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
         raw = tl.where(mask_gate, raw, 1.0)
         if result.w_ptr is not None:
             tl.store(result.w_ptr + b * positions + position, w, mask=valid)

@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 from torch.utils._pytree import tree_leaves
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -100,9 +101,25 @@ class Launch:
         keywords = dict(self.options, debug=False)
         if target.backend != "cuda":
             keywords.pop("maxnreg", None)  # as the launchers leave it out there
-        bound, specialization, options = bind(**self.arguments, **keywords)
-        # Private, but the only way to follow the JIT through its versions; tested with Triton 3.7 and 3.8.
-        return self.kernel._pack_args(backend, keywords, bound, specialization, options)
+        bound, specialization, _ = bind(**self.arguments, **keywords)
+        # Private names, but the only way to follow the JIT; these are the same from Triton 3.4 to 3.9.
+        kinds = [kind for kind, *_ in specialization]
+        hints = ["" if kind == "constexpr" else hint for kind, hint in specialization]
+        values = list(bound.values())
+        constants = {path: get_iterable_path(values, path) for path in find_paths_if(kinds, _is_constant)}
+        attributes = {
+            path: backend.parse_attr(get_iterable_path(hints, path)) for path in find_paths_if(hints, _is_hint)
+        }
+        signature = dict(zip(self.kernel.arg_names, kinds, strict=True))
+        return backend.parse_options(keywords), signature, constants, attributes
+
+
+def _is_constant(_path: Any, kind: Any) -> bool:
+    return isinstance(kind, str) and kind == "constexpr"
+
+
+def _is_hint(_path: Any, hint: Any) -> bool:
+    return isinstance(hint, str)
 
 
 # Triton's own cache would return code whose line numbers are those of an older file: its key is the text of the function.
