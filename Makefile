@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quick lint bench clean
+.PHONY: demo test test-quick lint bench fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
@@ -21,6 +21,10 @@ lint: $(VENV)/lint.ready
 
 bench: $(VENV)/bench.ready
 	$(BIN)/python -m bench.report $(ARGS)
+
+# Compares the safetensors reader with the library on files that a fuzzer makes, two minutes if ARGS does not say otherwise.
+fuzz: $(VENV)/fuzz.ready
+	$(BIN)/python -m tests.fuzz.safetensors_header $(ARGS)
 
 # Installs the extra of that name, anew when pyproject.toml changes. A torch that is there already is kept: for a machine without
 # a GPU, install torch's smaller CPU build into $(VENV) first. Setuptools explains what an editable install is in a warning.

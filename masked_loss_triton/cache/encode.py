@@ -40,13 +40,13 @@ def run_caching_script(args: argparse.Namespace, prepared: list[Prepared], done:
     """
     name = FAMILIES[args.arch].caching_script
     script = import_trainer(f"musubi_tuner.{name}")
-    folders = {os.path.realpath(one.dataset.cache_directory): one for one in prepared}
+    by_folder = {os.path.realpath(entry.dataset.cache_directory): entry for entry in prepared}
 
     def mask(path: Path) -> None:
-        one = folders.get(os.path.realpath(path.parent))
-        item = parse_cache(path, one.dataset, one.family, one.sources) if one is not None else None
-        if one is not None and item is not None:
-            for outcome in inject(one, [item], dtype=args.dtype):
+        found = by_folder.get(os.path.realpath(path.parent))
+        item = parse_cache(path, found.dataset, found.family, found.sources) if found is not None else None
+        if found is not None and item is not None:
+            for outcome in inject(found, [item], dtype=args.dtype):
                 done(outcome)
 
     argv, undo = sys.argv, _wrap_saving(mask)
