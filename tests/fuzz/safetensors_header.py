@@ -35,5 +35,7 @@ def mutate(data: bytes, longest: int, seed: int) -> bytes:
 
 
 if __name__ == "__main__":
-    atheris.Setup(["safetensors_header", "-max_total_time=120", "-max_len=4096", *sys.argv[1:]], compare, custom_mutator=mutate)
+    atheris.Setup(
+        ["safetensors_header", "-max_total_time=120", "-max_len=4096", *sys.argv[1:]], compare, custom_mutator=mutate
+    )
     atheris.Fuzz()
