@@ -139,7 +139,8 @@ def read_note(path: Path) -> dict[str, Any] | None:
         if path.is_dir():
             path = frame_files(path, MASK_EXTENSIONS)[0]
         if path.suffix.lower() == ".png":
-            return read_png_note(path)
+            note = read_png_note(path)
+            return note if note and "found" in note else None
         if path.suffix.lower() == ".mkv":
             import av
 

@@ -182,6 +182,12 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in ALPHA_MODES or "transparency" in image.info
 
 
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a picture has more than 8 bits per channel in its file. Asks before its pixels are decoded."""
+    stored = "".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    return image.mode.startswith(("I", "F")) or ";16" in stored
+
+
 def opaque(alpha: np.ndarray) -> bool:
     """Whether an alpha channel, uint8 or float32, hides nothing."""
     return bool(alpha.min() >= (255 if alpha.dtype == np.uint8 else 1))

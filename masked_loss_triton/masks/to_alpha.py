@@ -1,9 +1,16 @@
-"""Pictures and masks to RGBA pictures and back: colours keep every byte, also where they are transparent."""
+"""Joins pictures and masks to RGBA pictures, and splits them again: colours keep every byte, also where they are transparent.
+
+for converted in convert_folder(Conversion(images=Path("photos"), masks=Path("masks"), out=Path("rgba"))):
+    print(converted.status, converted.file, converted.message)
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +19,183 @@ from PIL import Image
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import replace_file
-from masked_loss_triton.masks.frames import to_uint8
-from masked_loss_triton.masks.reading import open_image, read_mask_file, read_picture
+from masked_loss_triton.files.folders import walk_files
+from masked_loss_triton.files.notes import png_note, read_png_note
+from masked_loss_triton.files.parallel import default_workers, run_parallel
+from masked_loss_triton.masks.frames import MASK_EXTENSIONS, to_uint8
+from masked_loss_triton.masks.reading import UNREAD_EXTENSIONS, has_16_bits, open_image, read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture
+
+NOTE = "to_alpha"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """The folders of one run. `directory` None splits RGBA pictures, their masks going to `masks`."""
+    """What is converted, and where to.
 
+    Args:
+        images: the pictures; sub-folders are mirrored.
+        masks: their masks, by stem, in the same sub-folders; with `split` they are written here.
+        out: where the pictures are written, as PNG.
+        split: RGBA pictures to pictures and masks.
+        captions: the extension of caption files that are copied, as ".txt"; None copies none.
+        force: replace what is already there.
+
+    Raises:
+        UserError: for folders that do not exist, are not three, or cannot be written, and for a bad extension.
+    """
+
+    images: Path
     masks: Path
-    directory: MaskDirectory | None
     out: Path
-    captions: str | None
-    force: bool
+    split: bool = False
+    captions: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.images.is_dir():
+            raise UserError(f"--images {self.images} is not a folder", 2)
+        if len({folder.resolve() for folder in (self.images, self.masks, self.out)}) < 3:
+            raise UserError("--images, --masks and --out must be three folders", 2)
+        if not self.split and not self.masks.is_dir():
+            raise UserError(f"--masks {self.masks} is not a folder", 2)
+        if self.captions is not None and (not self.captions.strip(".") or set(self.captions) & set("/\\\0")):
+            raise UserError(f"--captions {self.captions!r} is not an extension: write for example .txt", 2)
+
+    @property
+    def written_folders(self) -> tuple[Path, ...]:
+        """The folders that files are written to."""
+        return (self.out, self.masks) if self.split else (self.out,)
 
 
-def convert(file: Path, conversion: Conversion) -> str | None:
-    """Joins or splits one picture. Returns what is wrong with it, or None."""
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What became of one picture: "written", "present" when it was there already, made of the same files, or "problem"."""
+
+    file: Path
+    status: str
+    message: str = ""
+
+
+def find_pictures(conversion: Conversion) -> tuple[list[Path], list[Converted], Counter[str]]:
+    """Lists the pictures of a conversion, those whose stem another one has, and how many files of each kind are not read.
+
+    Raises:
+        UserError: when there are none.
+    """
+    first: dict[Path, Path] = {}
+    same: list[Converted] = []
+    unread: Counter[str] = Counter()
+    leave_out = {folder.resolve() for folder in (conversion.masks, conversion.out)}
+    for file in walk_files(conversion.images, leave_out):
+        kind = file.suffix.lower()
+        if kind in UNREAD_EXTENSIONS:
+            unread[kind] += 1
+        if kind not in MASK_EXTENSIONS:
+            continue
+        other = first.setdefault(file.parent / file.stem, file)
+        if other is not file:
+            same.append(Converted(file, "problem", f"{file} has the same stem as {other.name}: rename one of them"))
+    if not first:
+        raise UserError(f"--images {conversion.images} has no pictures in it", 2)
+    return list(first.values()), same, unread
+
+
+def convert_folder(conversion: Conversion, files: list[Path] | None = None) -> Iterator[Converted]:
+    """Converts pictures in a few threads; yields what became of each, as they are done.
+
+    Args:
+        conversion: folders and flags.
+        files: of `find_pictures`; None takes all, and also yields those that share a stem.
+
+    Raises:
+        UserError: when there are none. What is wrong with a single picture is a `Converted` of it.
+    """
+    if files is None:
+        files, same, _ = find_pictures(conversion)
+        yield from same
+    directories: dict[Path, MaskDirectory] = {}
+    for folder in {file.parent for file in files}:
+        masks = conversion.masks / folder.relative_to(conversion.images)
+        if not conversion.split and masks.is_dir():
+            directories[folder] = MaskDirectory(masks)
+    yield from run_parallel(lambda file: _convert(file, conversion, directories), files, default_workers())
+
+
+def _convert(file: Path, conversion: Conversion, directories: dict[Path, MaskDirectory]) -> Converted:
     try:
-        if conversion.directory is None:
-            _split(file, conversion)
-        else:
-            _join(file, conversion, conversion.directory)
-        if conversion.captions:
-            _copy_caption(file, conversion)
+        changed = (_split if conversion.split else _join)(file, conversion, directories.get(file.parent))
     except UserError as error:
-        return str(error)
-    return None
+        return Converted(file, "problem", str(error))
+    except OSError as error:
+        return Converted(file, "problem", f"{file}: {error.strerror or error}")
+    return Converted(file, "written" if changed else "present")
 
 
-def _join(file: Path, conversion: Conversion, directory: MaskDirectory) -> None:
-    mask_path = directory.find(file.stem, video=False)
+def _join(file: Path, conversion: Conversion, directory: MaskDirectory | None) -> bool:
+    """Returns whether anything was written."""
+    mask_path = directory.find(file.stem, video=False) if directory else None
+    place = file.parent.relative_to(conversion.images)
     if mask_path is None:
-        raise UserError(f"{file} has no mask in {directory.path}: add {file.stem}.png")
-    target = _free(conversion.out / f"{file.stem}.png", conversion)
-    picture = read_picture(file, exif=False)
-    mask = to_uint8(read_mask_file(mask_path, exif=False))
-    size = (picture.rgb.shape[1], picture.rgb.shape[0])
-    alpha = align_to_picture(mask, size, mask_path, file)
-    _save(target, np.dstack([picture.rgb, alpha]), file)
+        raise UserError(f"{file} has no mask in {conversion.masks / place}: add {file.stem}.png")
+    target = conversion.out / place / f"{file.stem}.png"
+    made_of = {"picture": _digest(file), "mask": _digest(mask_path)}
+    due = _is_due(target, made_of, conversion)
+    caption = _caption(file, conversion, target.parent)
+    if due:
+        picture = _read_8_bits(file)
+        mask = to_uint8(read_mask_file(mask_path, exif=False))
+        size = (picture.rgb.shape[1], picture.rgb.shape[0])
+        alpha = align_to_picture(mask, size, mask_path, file)
+        _save(target, np.dstack([picture.rgb, alpha]), made_of, file)
+    return _copy(caption) or due
 
 
-def _split(file: Path, conversion: Conversion) -> None:
-    picture = read_picture(file, exif=False)
-    if picture.alpha is None:
-        raise UserError(f"{file} has no alpha channel: there is nothing to split")
-    target = _free(conversion.out / f"{file.stem}.png", conversion)
-    mask_target = _free(conversion.masks / f"{file.stem}.png", conversion)
-    _save(mask_target, to_uint8(picture.alpha), None)
-    _save(target, picture.rgb, file)
+def _split(file: Path, conversion: Conversion, _: object) -> bool:
+    """Returns whether anything was written."""
+    place = file.parent.relative_to(conversion.images)
+    target, mask_target = (folder / place / f"{file.stem}.png" for folder in (conversion.out, conversion.masks))
+    made_of = {"picture": _digest(file)}
+    due = [_is_due(path, made_of, conversion) for path in (target, mask_target)]
+    caption = _caption(file, conversion, target.parent)
+    if any(due):
+        picture = _read_8_bits(file)
+        if picture.alpha is None:
+            raise UserError(f"{file} has no alpha channel: there is nothing to split")
+        _save(mask_target, to_uint8(picture.alpha), made_of, None)
+        _save(target, picture.rgb, made_of, file)
+    return _copy(caption) or any(due)
 
 
-def _free(target: Path, conversion: Conversion) -> Path:
-    if target.exists() and not conversion.force:
-        raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
-    return target
+def _read_8_bits(file: Path) -> Any:
+    with open_image(file) as image:
+        if has_16_bits(image):
+            raise UserError(f"{file} has 16 bits per channel and would lose half of them: save it with 8 bits first")
+    return read_picture(file, exif=False)
 
 
-def _save(target: Path, array: np.ndarray, original: Path | None) -> None:
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()[:32]
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): replace or remove it") from error
+
+
+def _is_due(target: Path, made_of: dict[str, str], conversion: Conversion) -> bool:
+    """Whether a picture is to be written; False for one that was made of the same files.
+
+    Raises:
+        UserError: for another file of that name.
+    """
+    if conversion.force or not target.exists():
+        return True
+    if (read_png_note(target) or {}).get(NOTE) == made_of:
+        return False
+    raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
+
+
+def _save(target: Path, array: np.ndarray, made_of: dict[str, str], original: Path | None) -> None:
     kept: dict[str, Any] = {}
     if original is not None:
         # Pixels stay as they are stored, so their orientation and colour profile have to go with them.
@@ -78,19 +203,35 @@ def _save(target: Path, array: np.ndarray, original: Path | None) -> None:
             kept = {key: image.info[key] for key in ("exif", "icc_profile") if image.info.get(key)}
             if image.mode == "CMYK":
                 kept.pop("icc_profile", None)
-    replace_file(target, lambda file: Image.fromarray(array).save(file, "PNG", **kept))
+    note = png_note({NOTE: made_of})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, lambda file: Image.fromarray(array).save(file, "PNG", pnginfo=note, **kept))
 
 
-def _copy_caption(file: Path, conversion: Conversion) -> None:
-    caption = file.with_suffix("." + (conversion.captions or "").lstrip("."))
+def _caption(file: Path, conversion: Conversion, folder: Path) -> tuple[Path, Path] | None:
+    """The caption to copy and where to; None where it is not wanted, or there already.
+
+    Raises:
+        UserError: when it is absent, or another one is in its place: before anything is written.
+    """
+    if conversion.captions is None:
+        return None
+    caption = file.with_name(f"{file.stem}.{conversion.captions.lstrip('.')}")
     if not caption.is_file():
         raise UserError(f"{file} has no caption {caption.name}: add it, or leave out --captions")
-    target = conversion.out / caption.name
+    target = folder / caption.name
     if target.exists() and not conversion.force:
+        if _digest(target) == _digest(caption):
+            return None
         raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
-    try:
-        content = caption.read_bytes()
-    except OSError as error:
-        raise UserError(f"{caption} cannot be read ({error.strerror})") from error
+    return caption, target
+
+
+def _copy(caption: tuple[Path, Path] | None) -> bool:
+    if caption is None:
+        return False
+    source, target = caption
+    content = source.read_bytes()
     replace_file(target, lambda out: out.write(content))
-    shutil.copymode(caption, target)
+    shutil.copymode(source, target)
+    return True

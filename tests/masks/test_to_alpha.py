@@ -79,7 +79,8 @@ def test_each_problem_is_named_and_the_rest_done(folders, capsys):
     for stem in ("good", "broken", "nocaption"):
         make(masks / f"{stem}.png", 5, channels=1)
     make(masks / "square.png", 5, size=(40, 40), channels=1)
-    (images / "good.txt").write_text("x")
+    for stem in ("good", "alone", "square", "broken"):
+        (images / f"{stem}.txt").write_text("x")
     assert run(images, masks, out, "--captions", ".txt") == 1
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
@@ -87,7 +88,13 @@ def test_each_problem_is_named_and_the_rest_done(folders, capsys):
     for part in ("alone.png has no mask", "broken.png is not a picture", "square.png is 40x40 but", "has no caption"):
         assert sum(part in line for line in lines) == 1
     assert "good.webp has the same stem as good.png" in captured.err
-    assert "good.png" in os.listdir(out)
+    assert sorted(os.listdir(out)) == ["good.png", "good.txt"]
+    # The caption comes, and what was done stays as it is.
+    (images / "nocaption.txt").write_text("x")
+    assert run(images, masks, out, "--captions", ".txt") == 1
+    assert "1 pictures written" in (said := capsys.readouterr().out)
+    assert "1 already there, 4 problems" in said
+    assert sorted(os.listdir(out)) == ["good.png", "good.txt", "nocaption.png", "nocaption.txt"]
     assert not any(name.endswith("masktmp") for name in os.listdir(out))
 
 
@@ -95,6 +102,56 @@ def test_usage(folders, capsys):
     images, masks, out = folders
     assert run(images, masks, out) == 2
     assert "has no pictures" in capsys.readouterr().err
+    make(images / "a.png", 0)
+    for bad in ("../../x", ".", "a/b"):
+        assert run(images, masks, out, "--captions", bad) == 2
+        assert f"--captions {bad!r} is not an extension" in capsys.readouterr().err
+    (masks / "file").write_text("x")
+    assert run(images, masks, masks / "file" / "out") == 2
+    assert "file/out cannot be written (Not a directory)" in capsys.readouterr().err
     assert run(images, images, out) == 2
     assert "must be three folders" in capsys.readouterr().err
     assert run(images / "no", masks, out) == 2
+
+
+def test_sub_folders_are_mirrored_and_done_once(folders, tmp_path, capsys):
+    images, masks, out = folders
+    for folder in (images / "a b" / "c", masks / "a b" / "c"):
+        folder.mkdir(parents=True)
+    for stem in ("x", "a b/c/x", "a b/c/y"):
+        make(images / f"{stem}.png", 0)
+        make(masks / f"{stem}.png", 1, channels=1)
+    (images / "z.HEIC").write_bytes(b"x")
+    assert run(images, masks, out) == 0
+    assert "Skipped: 1 .heic: not read here" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert sorted(str(path.relative_to(out)) for path in before) == ["a b/c/x.png", "a b/c/y.png", "x.png"]
+    assert run(images, masks, out) == 0
+    assert "0 pictures written" in (said := capsys.readouterr().out)
+    assert "3 already there, 0 problems" in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
+    # Another mask: what is there was not made of it.
+    make(masks / "x.png", 2, channels=1)
+    assert run(images, masks, out) == 1
+    assert "x.png is already there: give --force" in capsys.readouterr().err
+    assert run(images, masks, out, "--force") == 0
+    back, back_masks = tmp_path / "back", tmp_path / "back_masks"
+    for expected in ("3 pictures written", "3 already there"):
+        assert run(out, back_masks, back, "--split") == 0
+        assert expected in capsys.readouterr().out
+    assert (back_masks / "a b" / "c" / "y.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("a.png", 0), ("a.png", 3), ("a.png", 4), ("a.tif", 0), ("a.tif", 3), ("a.tif", 4)]
+)
+def test_16_bits_are_not_halved_unasked(folders, capsys, name, channels):
+    import cv2
+
+    images, masks, out = folders
+    shape = (30, 40, channels) if channels else (30, 40)
+    cv2.imwrite(str(images / name), np.random.default_rng(0).integers(0, 65536, shape, np.uint16))
+    make(masks / "a.png", 1, channels=1)
+    assert run(images, masks, out) == 1
+    assert f"{name} has 16 bits per channel and would lose half of them" in capsys.readouterr().err
+    assert not os.listdir(out)
