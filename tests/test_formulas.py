@@ -175,6 +175,48 @@ def test_a_white_mask_has_no_prior_region(device, backend):
     assert stats.prior_weight_max == 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("values", "options", "want"),
+    [
+        ([-0.5, 0.25, 1.4, 1.0], {}, [0.0, 0.25, 1.0, 1.0]),  # clamped on both sides
+        ([5e-7, 0.25, 0.5, 1.0], {"normalization": "mean"}, [0.0, 0.25, 0.5, 1.0]),  # the snap's lower edge,
+        ([2e-6, 0.25, 0.5, 1.0], {"gamma": 0.25}, [0.0376060, 0.7071068, 0.8408964, 1.0]),  # and beyond it
+        ([1 - 5e-7, 0.25, 0.5, 1.0], {"gamma": 4.0}, [1.0, 0.00390625, 0.0625, 1.0]),  # its upper edge
+    ],
+)
+def test_weights_at_the_edges(device, backend, values, options, want):
+    """The gradient of an error of 1/2 in an mse is the weight over the denominator."""
+    mask = torch.tensor([[values]], device=device)
+    pred = torch.full((1, 1, 1, 1, 4), 0.5, device=device, requires_grad=True)
+    masked_loss(pred, torch.zeros_like(pred), mask, MaskedLossConfig(**options), backend=backend).backward()
+    weights = torch.tensor(want)
+    count = 4 if "normalization" in options else weights.sum()
+    torch.testing.assert_close(pred.grad.flatten().cpu() * count, weights, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_rounding_makes_no_region_for_the_prior(device, backend):
+    """gamma lifts a weight that the first snap left below 1 to 1 - 5e-7: what remains is noise, and no region."""
+    mask = torch.full((1, 2, 2), 1 - 2e-6, device=device)
+    pred, prior = torch.zeros(1, 1, 2, 2, device=device), torch.ones(1, 1, 2, 2, device=device)
+    config = MaskedLossConfig(gamma=0.25)
+    _, stats = masked_loss(pred, pred, mask, config, prior=prior, backend=backend, return_stats=True)
+    assert stats.prior_weight_max == stats.prior_term == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("normalization", "want"), [("mean_one", 0.5 / (0.5 + 0.25)), ("weighted_mean", 2 / (2 + 0.25))]
+)
+def test_eps_is_added_to_the_mean_or_to_the_sum(device, backend, normalization, want):
+    """Four weights of 1/2 and errors of 1, eps = 1/4."""
+    pred = torch.ones(1, 1, 2, 2, device=device)
+    config = MaskedLossConfig(normalization=normalization, eps=0.25)
+    mask = torch.full((1, 2, 2), 0.5, device=device)
+    assert masked_loss(pred, torch.zeros_like(pred), mask, config, backend=backend).item() == pytest.approx(want)
+
+
 def test_an_empty_sample_contributes_nothing_per_sample():
     pred, target = torch.randn(2, 3, 1, 4, 4), torch.randn(2, 3, 1, 4, 4)
     mask = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])
