@@ -20,9 +20,9 @@ from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
-# Elements of a block, on a CPU for each of its threads: five float32 buffers of them fill a second-level cache of 1 to 2 MB.
-# On other devices a block only bounds the memory.
-CPU_BLOCK = 1 << 16
+# Elements of a block, on a CPU for each of its threads: a float32 buffer of them takes half a MB of a second-level cache of 1 to
+# 2 MB, and each block costs a dozen calls of torch. On other devices a block only bounds the memory.
+CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 22
 
 
@@ -176,7 +176,7 @@ def _elements(
         target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
     error, slope = error_and_slope(pred - target, *options[1:])
     if prior is None or b is None:
-        return error * a, None, torch.mul(slope, a, out=out)
-    gradient = slope * a
+        return error.mul_(a), None, torch.mul(slope, a, out=out)
+    gradient = slope.mul_(a)
     prior_error, slope = error_and_slope(pred - prior.float(), *options[1:])
-    return error * a, prior_error * b, torch.addcmul(gradient, slope, b, out=out)
+    return error.mul_(a), prior_error.mul_(b), torch.addcmul(gradient, slope, b, out=out)

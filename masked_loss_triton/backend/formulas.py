@@ -45,7 +45,7 @@ ERROR_AND_SLOPE: dict[str, Callable[[torch.Tensor, float], Pair]] = {
 
 
 def error_and_slope(difference: torch.Tensor, kind: str, delta: float) -> Pair:
-    """(rho(d), rho'(d)), each of the shape and dtype of the difference.
+    """(rho(d), rho'(d)), each a new tensor of the shape and dtype of the difference.
 
     Raises:
         ValueError: for a kind that is not in the table.
