@@ -45,7 +45,7 @@ def test_the_torch_backend_needs_the_gradient_and_little_else():
     shape = (1, 16, 33, 90, 160)
     pred, target = torch.randn(shape), torch.randn(shape)
     mask = torch.rand(1, 33, 90, 160)
-    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch") <= 1.1
+    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch") <= 1.15
     assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch", prior=target.flip(0)) <= 1.25
 
 

@@ -10,7 +10,7 @@ from masked_loss_triton.cache.dataset import MASK_KEYS, load_datasets, refuse_sl
 from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.items import bucket_size, find_caches, find_sources
 from masked_loss_triton.errors import UserError
-from tests.masks.test_geometry import STORED
+from tests.support.trainer_geometry import STORED
 
 
 def write(tmp_path, text, name="d.toml"):

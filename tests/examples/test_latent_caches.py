@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from train_diffusers import main
 
 from masked_loss_triton.errors import UserError
-from tests.examples.support import add_text, caches
+from tests.support.caches import add_text, caches
 
 NAMES = sorted(FAMILIES)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.examples.support import caches
 from tests.examples.test_train_diffusers import assert_close, run
+from tests.support.caches import caches
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_diffusers.py"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train_diffusers import main, micro_batch_loss, step_normalizer, teacher_prediction
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
-from tests.examples.support import caches
+from tests.support.caches import caches
 
 NAMES = sorted(FAMILIES)
 CONFIG = MaskedLossConfig(prior_weight=0.5)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,30 +11,15 @@ from hypothesis import strategies as st
 from masked_loss_triton.masks import geometry
 from masked_loss_triton.masks.frames import kept_frames
 from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
-
-EXPECTED = Path(__file__).parents[1] / "cache"
-
-
-def load_make_expected():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("make_expected", EXPECTED / "make_expected.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.support import trainer_geometry as trainer
 
 
-made = load_make_expected()
-
-
-@pytest.mark.parametrize("index", range(len(made.RESIZES)))
+@pytest.mark.parametrize("index", range(len(trainer.RESIZES)))
 def test_resize_equals_what_the_trainer_gave(index):
-    size, bucket = made.RESIZES[index]
-    with np.load(EXPECTED / "expected_geometry.npz") as stored:
+    size, bucket = trainer.RESIZES[index]
+    with np.load(trainer.GEOMETRY) as stored:
         expected = stored[f"resize_{index}"]
-    source = made.picture(size, index)
+    source = trainer.picture(size, index)
     kept = source.copy()
     result = resize_to_bucket(source, bucket)
     assert np.abs(result.astype(int) - expected).max() <= 1, "within 1/255, whatever versions of Pillow and OpenCV"
@@ -115,10 +97,7 @@ def test_frames_as_they_are_and_stills():
         group_frames(frames, 3, "median")
 
 
-STORED = json.loads((EXPECTED / "expected_selection.json").read_text())
-
-
-@pytest.mark.parametrize("case", STORED["kept"], ids=lambda case: f"{case['source']}-{case['target']}")
+@pytest.mark.parametrize("case", trainer.STORED["kept"], ids=lambda case: f"{case['source']}-{case['target']}")
 def test_rate_conversion_keeps_the_frames_that_the_trainer_keeps(case):
     assert list(kept_frames(120, case["source"], case["target"])) == case["frames"]
 

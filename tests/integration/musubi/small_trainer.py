@@ -234,7 +234,7 @@ GENERATIONS = {"method": MethodTrainer, "inline": InlineTrainer}
 
 
 def trained(generation: str, lab: Any, *flags: Any, masked: bool = True, **changes: Any) -> Any:
-    """A trainer after its training on the caches of a lab (see tests/examples/support.py)."""
+    """A trainer after its training on the caches of a lab (see tests/support/caches.py)."""
     cls = GENERATIONS[generation]
     family = next(name for name, one in FAMILIES.items() if one.suffix == lab.suffix)
     trainer = (masked_class(cls) if masked else cls)(family, lab.cache)

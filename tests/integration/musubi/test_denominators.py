@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.examples.support import caches
 from tests.integration.musubi.small_trainer import by_item, trained
+from tests.support.caches import caches
 
 
 @pytest.fixture(scope="module")

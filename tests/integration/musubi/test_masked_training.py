@@ -15,9 +15,9 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.teacher import Teacher
 from masked_loss_triton.integration.musubi.training import STATE_FILE, mask_of
-from tests.examples.support import caches
 from tests.integration.musubi import small_trainer
 from tests.integration.musubi.small_trainer import GENERATIONS, InlineTrainer, LoRAModule, trained
+from tests.support.caches import caches
 
 FAMILIES = ("wan", "hv", "qwen")
 both = pytest.mark.parametrize("generation", GENERATIONS)

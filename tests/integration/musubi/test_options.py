@@ -21,9 +21,9 @@ from masked_loss_triton.integration.musubi import options
 from masked_loss_triton.integration.musubi.caches import inspect_caches
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.trainer import has_loss_seam, masked_class
-from tests.examples.support import caches
 from tests.integration.musubi import small_trainer
 from tests.integration.musubi.small_trainer import GENERATIONS, InlineTrainer, MethodTrainer, trained
+from tests.support.caches import caches
 
 BAD = [
     ("mask_gamma", 0.0, "must be > 0, got 0.0"),

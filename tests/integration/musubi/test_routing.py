@@ -13,9 +13,9 @@ from masked_loss_triton.integration.musubi import routing
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing import models
 from masked_loss_triton.routing import diffusers
-from tests.examples.support import caches
 from tests.integration.musubi import small_trainer
 from tests.integration.musubi.small_trainer import by_item, trained
+from tests.support.caches import caches
 
 HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks", "0-1")
 NAMES = ("wan", "hv", "qwen")

@@ -1,6 +1,6 @@
-"""Writes expected_geometry.npz and expected_selection.json from the functions of a real trainer.
+"""What the functions of a real trainer made of pictures, buckets and frames: run as a script, it writes the two files.
 
-    MUSUBI_REPO=/path/to/musubi-tuner python tests/cache/make_expected.py
+    MUSUBI_REPO=/path/to/musubi-tuner python tests/support/trainer_geometry.py
 
 Made with kohya-ss/musubi-tuner v0.3.4: `resize_image_to_bucket`, `BucketSelector` and `load_video`. Run it again only for a
 version of the trainer that treats pictures differently; the tests that have the checkout compare with it directly.
@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).parent
+GEOMETRY = Path(__file__).with_name("expected_geometry.npz")
+SELECTION = Path(__file__).with_name("expected_selection.json")
+STORED = json.loads(SELECTION.read_text(encoding="utf-8"))
 # (width, height) of the picture, (width, height) of the bucket: down, up, mixed, odd, equal, extreme.
 RESIZES = [
     ((100, 75), (64, 48)),
@@ -63,7 +65,7 @@ def main() -> None:
     arrays = {}
     for index, (size, bucket) in enumerate(RESIZES):
         arrays[f"resize_{index}"] = resize_image_to_bucket(Image.fromarray(picture(size, index)), bucket)
-    np.savez_compressed(HERE / "expected_geometry.npz", **arrays)
+    np.savez_compressed(GEOMETRY, **arrays)
 
     buckets = []
     for resolution, enable, no_upscale in SETTINGS:
@@ -77,9 +79,9 @@ def main() -> None:
         for source, target in RATES:
             frames = load_video(folder, source_fps=source, target_fps=target)
             kept.append({"source": source, "target": target, "frames": [int(frame[0, 0, 0]) for frame in frames]})
-    made = "kohya-ss/musubi-tuner v0.3.4, by tests/cache/make_expected.py; frames of a folder of 120 pictures"
+    made = "kohya-ss/musubi-tuner v0.3.4, by tests/support/trainer_geometry.py; frames of a folder of 120 pictures"
     text = json.dumps({"made_with": made, "sizes": SIZES, "buckets": buckets, "kept": kept})
-    (HERE / "expected_selection.json").write_text(text + "\n", encoding="utf-8")
+    SELECTION.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
