@@ -142,7 +142,8 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
     except ValueError as error:
         reason = str(error) if type(error) is ValueError else "its header is damaged"
         raise UserError(
-            f"{path} is cut short or damaged ({reason}): delete it and run the caching script again"
+            f"{path} is cut short or damaged ({reason}): if no program is writing it now, delete it and run the caching "
+            "script again"
         ) from error
 
 

@@ -86,8 +86,9 @@ def _move(temporary: Path, target: Path, expected: tuple[int, ...] | None, path:
     if expected is None:
         os.replace(temporary, target)
         return
-    if identity(os.stat(target)) != expected:
-        raise changed_meanwhile(path)
+    with open(target, "rb") as file:  # a network file system looks at the server when a file is opened
+        if identity(os.fstat(file.fileno())) != expected:
+            raise changed_meanwhile(path)
     if not _exchange(temporary, target):
         os.replace(temporary, target)
     elif identity(os.stat(temporary))[:-1] != expected[:-1]:  # to be moved has changed its last time
@@ -204,9 +205,8 @@ def _copy_attributes(source: Path, old: os.stat_result, target: Path, descriptor
                 # Labels of the system's security modules are the system's to set; all else is the user's.
                 if not name.startswith(("security.", "trusted.")):
                     raise
-    if (
-        os.fstat(descriptor).st_mode != old.st_mode
-    ):  # some file systems have one mode for all files, and refuse to set it
+    # Some file systems have one mode for all files, and refuse to set it.
+    if os.fstat(descriptor).st_mode != old.st_mode:
         os.chmod(target, stat.S_IMODE(old.st_mode))
 
 

@@ -25,6 +25,7 @@ from masked_loss_triton.errors import UserError
 
 LOCK_NAME = ".masked_loss.lock"
 LONGEST_WAIT, POLL = 600.0, 0.1  # seconds
+# Binary: Windows would change the ends of lines.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
