@@ -66,4 +66,4 @@ def test_the_loss_works_where_triton_does_not_exist():
         "    print(error)\n"
         "assert 'triton' not in sys.modules\n"
     )
-    assert "needs the package triton, which is not installed: use backend='torch'" in out
+    assert "the package triton is not installed; use backend='torch'" in out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -20,8 +21,20 @@ LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor
 
 
 @functools.cache
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def why_no_kernels() -> str | None:
+    """None, or why the kernels cannot run here: no Triton, or one older than 3.4."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    import triton
+
+    if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"the kernels need triton 3.4 or newer, and {triton.__version__} is installed"
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def interpreter_is_on() -> bool:
@@ -32,7 +45,8 @@ def interpreter_is_on() -> bool:
 def choose(name: Backend, pred: torch.Tensor) -> Backend:
     """The backend that computes the loss of `pred`.
 
-    "auto": the reference for float64, Triton on a CUDA or ROCm device where triton is installed, else torch.
+    "auto": the reference for float64, Triton on a CUDA or ROCm device where it is installed, else torch. Where Triton is there
+    but too old, a warning says so, once.
 
     Raises:
         ValueError: unknown name, or Triton asked for where it cannot run.
@@ -42,10 +56,15 @@ def choose(name: Backend, pred: torch.Tensor) -> Backend:
     if name == "auto":
         if pred.dtype == torch.float64:
             return "reference"
-        return "triton" if pred.device.type == "cuda" and triton_is_installed() else "torch"
+        if pred.device.type != "cuda":
+            return "torch"
+        reason = why_no_kernels()
+        if reason is not None and "newer" in reason and not torch.compiler.is_compiling():
+            _say_once(f"masked_loss takes the slower torch backend: {reason}")
+        return "triton" if reason is None else "torch"
     if name == "triton":
-        if not triton_is_installed():
-            raise ValueError("backend='triton' needs the package triton, which is not installed: use backend='torch'")
+        if reason := why_no_kernels():
+            raise ValueError(f"backend='triton' cannot run: {reason}; use backend='torch'")
         if pred.device.type != "cuda" and not interpreter_is_on():
             raise ValueError(
                 f"backend='triton' needs a CUDA or ROCm tensor, and pred is on {pred.device}: use backend='torch' "
