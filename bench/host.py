@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 from bench.cases import Call, Case, build
 from bench.lab.launches import DEVICES, multiprocessors
 from bench.recipes import RECIPES
-from masked_loss_triton import loss as public
+from masked_loss_triton import backend, masked_loss
 
 CASES = (Case(latents="16x1x26x38"), Case(latents="16x1x26x38", prior=True))
 
@@ -70,12 +70,12 @@ def of_ours(case: Case, device: torch.device, rounds: int) -> dict[str, float | 
     call = build(case, device)
 
     def forward() -> torch.Tensor:
-        return public.masked_loss(call.pred, call.target, call.mask, call.config, prior=call.prior, backend="triton")
+        return masked_loss(call.pred, call.target, call.mask, call.config, prior=call.prior, backend="triton")
 
     both = _backward(forward, call)
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":  # where `choose` would refuse, and the launchers take another configuration
-            stack.enter_context(mock.patch.object(public, "choose", lambda name, pred: name))
+            stack.enter_context(mock.patch.object(backend, "choose", lambda name, pred: name))
             stack.enter_context(multiprocessors(DEVICES["sm_90"].multiprocessors))
         with mock.patch.object(JITFunction, "run", _dropped):
             ours_both = microseconds(both, rounds)
