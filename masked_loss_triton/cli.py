@@ -30,6 +30,7 @@ EXTRAS = {
     **dict.fromkeys(("diffusers", "peft", "skimage", "sklearn", "matplotlib"), "demo"),
     **dict.fromkeys(("av", "tomli"), "cache"),
     **dict.fromkeys(("transformers", "torchvision"), "generate"),
+    "ray": "ray",
 }
 
 

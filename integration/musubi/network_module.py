@@ -1,7 +1,8 @@
-"""Masked loss without a launcher: a network module for `--network_module` that switches the trainer around it to masks.
+"""Masked loss where `masked-loss train` cannot start the trainer (a GUI, a service): a network module for `--network_module`.
 
-The trainer imports the module and asks it for a network; the options come through `--network_args name=value`. By then the
-model is loaded: faulty options are found later than with `masked-loss train`.
+The trainer imports the module and asks it for a network; the options come through `--network_args name=value`. It hands over
+nothing of itself, so it is looked up among the callers, and its class is replaced. By then the model is loaded: faulty options are
+found later than with the launcher, which is the better way where there is a choice.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _switch_on(name: str, options: MaskOptions | None = None) -> None:
 
 
 def _caller() -> tuple[Any, Any]:
-    """The trainer that is building its network, and its arguments."""
+    """Returns the trainer that is building its network, and its arguments, from the frames of the callers."""
     frame = sys._getframe(1)
     while frame is not None:
         trainer, args = frame.f_locals.get("self"), frame.f_locals.get("args")

@@ -44,7 +44,7 @@ class MaskOptions:
         1.0, "share of the batches that are masked, in [0, 1]; the others train on everything"
     )
     loss_type: str = _option("mse", "error per element", LOSS_TYPES)
-    loss_delta: float = _option(1.0, "delta of huber, beta of smooth_l1; > 0")
+    loss_delta: float = _option(1.0, "delta of huber and pseudo_huber, beta of smooth_l1; > 0")
     inverted_mask_prior: bool = _option(False, "outside the mask, keep to the prediction of a teacher")
     inverted_mask_prior_weight: float = _option(0.5, "weight of that term, >= 0; 0 turns it off")
     prior_mask_threshold: float | None = _option(
@@ -200,7 +200,7 @@ class MaskOptions:
             found.append("--prior_ema_decay does nothing without --prior_teacher ema")
         if "prior_decay_timestep_start" in given and self.prior_decay_schedule == "constant":
             found.append("--prior_decay_timestep_start does nothing with --prior_decay_schedule constant")
-        if "loss_delta" in given and self.loss_type not in ("huber", "smooth_l1"):
+        if "loss_delta" in given and self.loss_type in ("mse", "l1"):
             found.append(f"--loss_delta does nothing with --loss_type {self.loss_type}")
         routing = sorted(f"--{name}" for name in given if name.startswith("mask_routing_"))
         if self.mask_routing == 1 and routing:

@@ -228,7 +228,7 @@ class _LossInline(_Masked):
 
 
 class _Root(torch.autograd.Function):
-    """The square root of a loss >= 0 whose gradient, taken through the square that follows, is the loss's own, also at 0."""
+    """Returns root = sqrt(loss) for a loss >= 0, such that `root.square()` is the loss again with the loss's own gradient, also at 0."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:

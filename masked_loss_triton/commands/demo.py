@@ -8,7 +8,7 @@ from pathlib import Path
 
 from masked_loss_triton.errors import UserError
 
-HELP = "train a tiny WAN transformer on real photographs, with and without masks, and write a report"
+HELP = "Train a tiny WAN transformer on real photographs, with and without masks, and write a report."
 EXAMPLE = "masked-loss demo --output demo_report"
 
 DEVICES = ("auto", "cpu", "cuda")

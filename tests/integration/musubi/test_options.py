@@ -104,6 +104,7 @@ def test_what_does_nothing_is_said(given, said):
     assert MaskOptions(use_mask_loss=True).idle(1, 1) == []
     assert MaskOptions().idle(1, 1) == []
     assert MaskOptions(use_mask_loss=True, mask_normalize_across="world").idle(2, 1) == []
+    assert MaskOptions(use_mask_loss=True, loss_type="pseudo_huber", loss_delta=2.0).idle(1, 1) == []
 
 
 def test_flags_join_the_trainers_parser_and_its_own_stay():
