@@ -228,7 +228,7 @@ class _LossInline(_Masked):
 
 
 class _Root(torch.autograd.Function):
-    """Returns root = sqrt(loss) for a loss >= 0, such that `root.square()` is the loss again with the loss's own gradient, also at 0."""
+    """Returns `root` of a loss >= 0 such that `root.square()` is that loss, with the gradient of the loss itself, also at 0."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
