@@ -84,21 +84,6 @@ class Picture:
     path: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """A mask in the pixels of the picture or of the mask file.
-
-    Attributes:
-        values: (H, W) float32 in [0, 1]; 1 is what is to be learned.
-        source: "alpha", "file" or "full".
-        path: the file the values came from; None for "full".
-    """
-
-    values: np.ndarray
-    source: str
-    path: Path | None
-
-
 def unread_text(unread: Counter[str]) -> str:
     """One line about files in formats that are not read: how many of which, and how to convert them."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
@@ -118,43 +103,6 @@ def read_picture(path: str | os.PathLike[str], exif: bool = True) -> Picture:
     with open_image(path, exif) as image:
         rgb, alpha = _rgb(image, path), _alpha(image)
     return Picture(rgb, None if alpha is None else to_float(alpha), Path(path))
-
-
-def read_mask(
-    image_path: str | os.PathLike[str],
-    mask_path: str | os.PathLike[str] | None = None,
-    *,
-    use_alpha: bool = True,
-    require_mask: bool = False,
-    exif: bool = True,
-) -> Mask:
-    """The mask of a picture: its alpha channel, else the mask file, else full weight.
-
-    A mask file may be grey (1, 8 or 16 bits), RGB (its luma), palette or with alpha, where transparent counts as black.
-    It is returned in its own size: bring it to the picture's before the two are compared. An alpha channel that is
-    opaque everywhere says nothing about the subject and is passed over: screenshots often have one.
-
-    Args:
-        image_path: the picture.
-        mask_path: its mask file, or None.
-        use_alpha: whether the picture's transparency is its mask.
-        require_mask: a picture without either is an error instead of full weight.
-        exif: turn picture and mask upright, each by its own EXIF orientation.
-
-    Raises:
-        UserError: naming the file that cannot be read, or the picture that has no mask although `require_mask`.
-    """
-    with open_image(image_path, exif) as image:
-        width, height = image.size
-        alpha = _alpha(image) if use_alpha else None
-    if alpha is not None and not opaque(alpha):
-        return Mask(to_float(alpha), "alpha", Path(image_path))
-    if mask_path is not None:
-        return Mask(to_float(read_mask_file(mask_path, exif)), "file", Path(mask_path))
-    if require_mask:
-        wanted = "has no transparency and no mask file" if use_alpha else "has no mask file"
-        raise UserError(f"{image_path} {wanted}, and a mask is required: add one, or leave out require_mask")
-    return Mask(np.ones((height, width), np.float32), "full", None)
 
 
 def read_mask_file(path: str | os.PathLike[str], exif: bool = True) -> np.ndarray:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks import reading
-from masked_loss_triton.masks.reading import read_mask, read_mask_file, read_picture
+from masked_loss_triton.masks.reading import read_alpha, read_mask_file, read_picture, to_float
 
 
 @pytest.fixture
@@ -77,16 +77,13 @@ def test_rgb_with_a_transparent_colour(tmp_path, rgb):
     Image.fromarray(rgb).save(tmp_path / "a.png", transparency=(1, 2, 3))
     expected = np.ones((12, 17), np.float32)
     expected[2:5, 3:9] = 0
-    assert np.array_equal(read_mask(tmp_path / "a.png").values, expected)
+    assert np.array_equal(to_float(read_alpha(tmp_path / "a.png")), expected)
 
 
 def test_16_bit_grey_mask_keeps_its_depth(tmp_path, rgb, rng):
     values = rng.integers(0, 65536, (12, 17), dtype=np.uint16)
-    image, mask = save(tmp_path / "a.png", rgb), save(tmp_path / "m.png", values)
-    result = read_mask(image, mask)
-    assert result.source == "file"
-    assert result.path == mask
-    np.testing.assert_allclose(result.values, values / 65535, atol=1e-7)
+    mask = save(tmp_path / "m.png", values)
+    np.testing.assert_allclose(read_mask_file(mask), values / 65535, atol=1e-7)
     assert np.abs(read_picture(mask).rgb[..., 0] - values / 257).max() <= 0.5
 
 
@@ -146,41 +143,21 @@ def test_exif_orientation(tmp_path, rgb, alpha, orientation):
     assert np.array_equal(read_picture(path).rgb, turned)
     assert read_picture(path).alpha.shape == turned.shape[:2]
     assert np.array_equal(read_picture(path, exif=False).rgb, rgb)
-    assert read_mask(path).values.shape == turned.shape[:2]
+    assert read_alpha(path).shape == turned.shape[:2]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "RGBA", "LA"])
 def test_a_black_and_white_mask_reads_the_same_however_it_was_saved(tmp_path, rgb, mode):
     expected = np.zeros((12, 17), np.float32)
     expected[3:9, 4:11] = 1
-    image = save(tmp_path / "a.png", rgb)
     Image.fromarray((expected * 255).astype(np.uint8)).convert(mode).save(tmp_path / "m.png")
-    mask = read_mask(image, tmp_path / "m.png")
-    assert mask.source == "file"
-    assert np.array_equal(mask.values, expected)
+    assert np.array_equal(to_float(read_mask_file(tmp_path / "m.png")), expected)
 
 
 def test_transparent_parts_of_a_mask_file_count_as_black(tmp_path, rgb, alpha):
     white = np.dstack([np.full((12, 17, 3), 255, np.uint8), alpha])
-    mask = read_mask(save(tmp_path / "a.png", rgb), save(tmp_path / "m.png", white))
-    assert np.array_equal(np.rint(mask.values * 255), alpha)
-
-
-def test_order_is_alpha_then_file_then_full(tmp_path, rgb, alpha):
-    mask = save(tmp_path / "m.png", np.full((12, 17), 51, np.uint8))
-    with_alpha, without = save(tmp_path / "a.png", np.dstack([rgb, alpha])), save(tmp_path / "b.png", rgb)
-    opaque = save(tmp_path / "c.png", np.dstack([rgb, np.full_like(alpha, 255)]))
-    assert read_mask(with_alpha, mask).source == "alpha"
-    assert read_mask(with_alpha, mask, use_alpha=False).source == "file"
-    assert read_mask(without, mask).source == "file"
-    assert read_mask(opaque, mask).source == "file"
-    full = read_mask(without)
-    assert (full.source, full.path) == ("full", None)
-    assert np.array_equal(full.values, np.ones((12, 17), np.float32))
-    with pytest.raises(UserError, match=r"b\.png has no transparency and no mask file.*require_mask"):
-        read_mask(without, require_mask=True)
-    with pytest.raises(UserError, match="has no mask file"):
-        read_mask(with_alpha, use_alpha=False, require_mask=True)
+    mask = to_float(read_mask_file(save(tmp_path / "m.png", white)))
+    assert np.array_equal(np.rint(mask * 255), alpha)
 
 
 def broken_files(folder, rgb):
@@ -204,13 +181,12 @@ def broken_files(folder, rgb):
 
 
 def test_every_broken_file_gives_one_line_that_names_it(tmp_path, rgb):
-    good = save(tmp_path / "good.png", rgb)
     folder = tmp_path / "broken"
     folder.mkdir()
     files = [*broken_files(folder, rgb), folder / "absent.png"]
     assert len(files) == 11
     for file in files:
-        for read in (lambda f: read_picture(f), lambda f: read_mask(good, f), lambda f: read_mask(f, good)):
+        for read in (read_picture, read_mask_file, read_alpha):
             with pytest.raises(UserError) as caught:
                 read(file)
             message = str(caught.value)
@@ -221,11 +197,11 @@ def test_every_broken_file_gives_one_line_that_names_it(tmp_path, rgb):
 
 @pytest.mark.parametrize("value", [np.nan, 255, -0.5])
 def test_float_masks_must_be_between_0_and_1(tmp_path, rgb, value):
-    image, mask = save(tmp_path / "a.png", rgb), save(tmp_path / "m.tif", np.full((4, 4), value, np.float32))
+    mask = save(tmp_path / "m.tif", np.full((4, 4), value, np.float32))
     with pytest.raises(UserError, match=r"m\.tif: values in mode F must be between 0 and 1"):
-        read_mask(image, mask)
+        read_mask_file(mask)
     half = save(tmp_path / "half.tif", np.full((4, 4), 0.5, np.float32))
-    assert np.array_equal(read_mask(image, half).values, np.full((4, 4), 0.5, np.float32))
+    assert np.array_equal(read_mask_file(half), np.full((4, 4), 0.5, np.float32))
 
 
 def test_extension_does_not_matter(tmp_path, rgb):
@@ -237,7 +213,7 @@ def test_extension_does_not_matter(tmp_path, rgb):
 def test_extreme_sizes(tmp_path, size):
     picture = read_picture(save(tmp_path / "a.png", np.full(size, 9, np.uint8)))
     assert picture.rgb.shape == (*size, 3)
-    assert read_mask(tmp_path / "a.png").values.shape == size
+    assert read_mask_file(tmp_path / "a.png").shape == size
 
 
 def test_a_picture_starts_no_other_program(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import frame_files, has_alpha_frames, kept_frames, mask_frame_files, read_frames
-from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, aspect_differs
+from masked_loss_triton.masks.sources import Candidate, MaskDirectory, align_to_picture, aspect_differs, read_still
 
 
 def test_masks_are_found_by_stem_whatever_the_format(tmp_path):
@@ -164,3 +164,22 @@ def test_kept_frames_stop_and_go_on():
 
     assert list(itertools.islice(kept_frames(None, 32.0, 16.0), 4)) == [0, 2, 4, 6]
     assert list(kept_frames(0, 32.0, 16.0)) == []
+
+
+def test_a_picture_takes_its_alpha_channel_then_its_file_then_full_weight(tmp_path):
+    """A channel that is opaque everywhere says nothing about the subject: screenshots often have one."""
+    alpha = np.full((8, 9), 255, np.uint8)
+    rgb = np.zeros((8, 9, 3), np.uint8)
+    Image.fromarray(np.dstack([rgb, alpha])).save(tmp_path / "opaque.png")
+    alpha[:4] = 0
+    Image.fromarray(np.dstack([rgb, alpha])).save(tmp_path / "cut.png")
+    Image.fromarray(np.full((8, 9), 51, np.uint8)).save(tmp_path / "mask.png")
+    cut, opaque = (Candidate("alpha", tmp_path / name) for name in ("cut.png", "opaque.png"))
+    file = Candidate("file", tmp_path / "mask.png")
+    values, found = read_still([cut, file])
+    assert found == cut
+    assert np.array_equal(values, alpha)
+    values, found = read_still([opaque, file])
+    assert found == file
+    assert (values == 51).all()
+    assert read_still([opaque]) == (None, None)
