@@ -27,10 +27,12 @@ PREVIEW_CELL, PREVIEW_STRIDE, PREVIEW_FRAMES = 8, 4, 81
 SHEET = 48  # cards on one sheet: a PNG of about 1,900 x 8,300 pixels
 SIDE = 448  # longest side of what is kept of a picture, pixels: twice a panel
 
+Maker = Callable[[MaskedLossConfig], Card]
 
-def find_cards(prepared: list[Prepared]) -> list[Callable[[MaskedLossConfig], Card]]:
+
+def find_cards(prepared: list[Prepared]) -> list[Maker]:
     """Lists what makes the card of each cache, and of each picture or clip that has no cache yet."""
-    found: list[Callable[[MaskedLossConfig], Card]] = []
+    found: list[Maker] = []
     for dataset in prepared:
         found += [functools.partial(card_of_item, dataset, item) for item in dataset.items]
         uncached = (source for stem, source in dataset.sources.items() if not dataset.items_of(stem))
@@ -38,7 +40,7 @@ def find_cards(prepared: list[Prepared]) -> list[Callable[[MaskedLossConfig], Ca
     return found
 
 
-def find_cache_cards(paths: Iterable[Path]) -> list[Callable[[MaskedLossConfig], Card]]:
+def find_cache_cards(paths: Iterable[Path]) -> list[Maker]:
     """Lists what makes the card of each latent cache among files and folders, without a dataset."""
     files: list[Path] = []
     for path in paths:
@@ -49,7 +51,7 @@ def find_cache_cards(paths: Iterable[Path]) -> list[Callable[[MaskedLossConfig],
 def write_sheets(
     name: Path,
     title: str,
-    makers: Sequence[Callable[[MaskedLossConfig], Card]],
+    makers: Sequence[Maker],
     config: MaskedLossConfig,
     notes: Sequence[str] = (),
     *,
@@ -59,16 +61,14 @@ def write_sheets(
 ) -> tuple[list[Path], int]:
     """Makes the cards and writes them as contact sheets of `SHEET` cards, NAME.png and .html, NAME_2.png and .html, ...
 
-    No more than one sheet of cards is in memory at a time.
+    One sheet of cards is in memory at a time.
 
     Args:
         name: of the files, without ending.
-        title: of the pages.
+        title, notes: of the pages; the notes stand above the cards.
         makers: as `find_cards` gave them.
         config: the options of the loss.
-        notes: lines that stand above the cards.
-        failed: called with one line for each card that cannot be made.
-        advance: called after each card.
+        failed, advance: called with one line for each card that cannot be made; called after each.
         debug: raise what is no UserError, instead of making it such a line.
 
     Returns:

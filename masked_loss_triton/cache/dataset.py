@@ -96,23 +96,17 @@ def load_datasets(
             2,
         )
     for table in (extra.get("general", {}), *extra_entries):
-        unknown = sorted(set(table) - set(MASK_KEYS))
-        if unknown:
-            raise UserError(f"{mask_config}: unknown key {unknown[0]!r}{_meant(unknown[0])}", 2)
+        for key in sorted(set(table) - set(MASK_KEYS)):
+            raise UserError(f"{mask_config}: unknown key {key!r}{_meant(key)}", 2)
     for table in (config.get("general", {}), *entries):
         refuse_slips(str(path), table, MASK_KEYS)
     for file, table in ((path, config), (mask_config, extra)):
-        stray = [key for key in table if key in MASK_KEYS or _resembles(key, MASK_KEYS)]
-        if stray:
-            raise UserError(
-                f"{file}: {stray[0]!r} stands outside [general] and [[datasets]]: move it into one of them", 2
-            )
+        for key in (key for key in table if key in MASK_KEYS or _resembles(key, MASK_KEYS)):
+            raise UserError(f"{file}: {key!r} stands outside [general] and [[datasets]]: move it into one of them", 2)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    datasets = []
-    for index, entry in enumerate(entries):
-        own = extra_entries[index] if extra_entries else {}
-        tables = (given, own, entry, extra.get("general", {}), config.get("general", {}))
-        datasets.append(_dataset(index, path, tables))
+    general = (extra.get("general", {}), config.get("general", {}))
+    own = extra_entries or [{} for _ in entries]
+    datasets = [_dataset(i, path, (given, own[i], entry, *general)) for i, entry in enumerate(entries)]
     folders = [os.path.realpath(dataset.cache_directory) for dataset in datasets]
     if len(set(folders)) < len(folders):
         raise UserError(f"{path}: two datasets share a cache_directory; give each its own", 2)

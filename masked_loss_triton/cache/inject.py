@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from masked_loss_triton.cache.items import (
 )
 from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError, problem_line
+from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
@@ -99,6 +100,36 @@ def prepare(dataset: Dataset, family: Family) -> Prepared:
 def unread_of(prepared: Prepared) -> list[Path]:
     """Pictures, videos and masks of a dataset in formats that nobody reads."""
     return unread_files(prepared.dataset) + (prepared.masks.unread if prepared.masks is not None else [])
+
+
+def inject_all(
+    prepared: Sequence[Prepared],
+    *,
+    remove: bool = False,
+    dtype: str = "float16",
+    dry_run: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    debug: bool = False,
+) -> Iterator[Outcome]:
+    """Masks all caches of datasets in parallel, or takes their masks out, and yields what happened to each as it happens.
+
+    Args:
+        prepared: the datasets.
+        remove: take our weights out, instead of writing them.
+        dtype, dry_run, force, debug: as for `inject`.
+        workers: threads; None for as many as suit the machine.
+    """
+
+    def work(job: tuple[Prepared, list[CacheItem]]) -> list[Outcome]:
+        dataset, items = job
+        if remove:
+            return [remove_weights(item, dry_run, debug) for item in items]
+        return inject(dataset, items, dtype=dtype, dry_run=dry_run, force=force, debug=debug)
+
+    jobs = ((dataset, items) for dataset in prepared for items in dataset.jobs())
+    for outcomes in run_parallel(work, jobs, workers or default_workers()):
+        yield from outcomes
 
 
 def inject(

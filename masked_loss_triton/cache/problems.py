@@ -32,6 +32,17 @@ class Findings:
     options: collections.Counter[str]
 
 
+def _check_together(prepared: Prepared, caches: list[CacheFindings]) -> list[Problem]:
+    """The problems of the caches of one dataset, and what only all of them together show."""
+    found = check_mixed(prepared, [cache.masked for cache in caches])
+    made_with = {cache.operations for cache in caches if cache.operations is not None}
+    # Nobody said how masks were to be made, and all were made in one way.
+    agreed = prepared.dataset.operations == MaskOperations() and len(made_with) == 1
+    for cache in caches:
+        found += [line for line in cache.problems if not (agreed and line.kind == "options")]
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheFindings:
     """The problems of one cache, whether it has weights, and the operations that these were made with, if that is known."""
@@ -85,12 +96,7 @@ def find_problems(
             found += result
         advance()
     for dataset, results in zip(prepared, caches, strict=True):
-        found += check_lists(dataset) + check_mixed(dataset, [result.masked for result in results])
-        made_with = {result.operations for result in results if result.operations is not None}
-        # Nobody said how masks were to be made, and all were made in one way.
-        agreed = dataset.dataset.operations == MaskOperations() and len(made_with) == 1
-        for result in results:
-            found += [one for one in result.problems if not (agreed and one.kind == "options")]
+        found += check_lists(dataset) + _check_together(dataset, results)
     order = {kind: index for index, kind in enumerate(KINDS)}
     # A mask that several layers or windows share is one problem.
     unique = {(line.kind, line.file): line for line in found if line.kind not in ignore}

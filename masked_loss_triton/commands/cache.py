@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from masked_loss_triton.cache.dataset import Dataset
+    from masked_loss_triton.cache.inject import Outcome, Prepared
 
 HELP = "Add mask weights to existing latent caches, without encoding anything again."
-EXAMPLE = "masked-loss cache --dataset_config dataset.toml --arch wan --alpha_mask --mask_directory masks"
-MISSING_SHOWN = 20
+EXAMPLE = "masked-loss cache --dataset_config dataset.toml --alpha_mask --mask_directory masks"
+NAMES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,71 +57,80 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
-    from collections import Counter
-
-    from masked_loss_triton.cache.encode import run_caching_script
     from masked_loss_triton.cache.families import FAMILIES
-    from masked_loss_triton.cache.inject import (
-        Outcome,
-        inject,
-        prepare,
-        remove_weights,
-        unread_of,
-    )
+    from masked_loss_triton.cache.inject import inject_all, prepare
     from masked_loss_triton.cache.items import choose_family, no_caches
-    from masked_loss_triton.files.parallel import default_workers, run_parallel
-    from masked_loss_triton.files.progress import Progress, printable
+    from masked_loss_triton.files.progress import Progress
 
     args.arch = choose_family(datasets, args.arch)
     prepared = [prepare(dataset, FAMILIES[args.arch]) for dataset in datasets]
-    statuses: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
-    missing: list[str] = []
-
-    def report(outcome: Outcome, say: Callable[[str], None]) -> None:
-        statuses[outcome.status] += 1
-        if outcome.source:
-            sources[outcome.source] += 1
-        if outcome.source == "full" and len(missing) < MISSING_SHOWN:
-            missing.append(outcome.item.stem)
-        if outcome.message:
-            say(f"masked-loss cache: {outcome.message}")
-
     if args.encode is not None:
-        seen: Counter[str] = Counter()
-        run_caching_script(args, prepared, lambda outcome: seen.update([outcome.status]))
-        print(f"{seen['written']} caches encoded and masked; now those that were there before", file=sys.stderr)
+        _encode(args, prepared)
         prepared = [prepare(dataset, FAMILIES[args.arch]) for dataset in datasets]
-    if not any(one.items for one in prepared):
+    if not any(dataset.items for dataset in prepared):
         raise no_caches(datasets, args.arch)
-    jobs = ((one, job) for one in prepared for job in one.jobs())
+    summary = Summary()
+    finished = inject_all(
+        prepared,
+        remove=args.remove,
+        dtype=args.dtype,
+        dry_run=args.dry_run,
+        force=args.force,
+        workers=args.workers,
+        debug=args.debug,
+    )
+    with Progress("masks", sum(len(dataset.items) for dataset in prepared)) as progress:
+        for outcome in finished:
+            summary.add(outcome)
+            if outcome.message:
+                progress.say(f"masked-loss cache: {outcome.message}")
+            progress.advance()
+    summary.show(prepared, args.dry_run, progress.rate)
+    return 1 if summary.statuses["problem"] else 0
 
-    def work(job):
-        one, items = job
-        if args.remove:
-            return [remove_weights(item, args.dry_run, args.debug) for item in items]
-        return inject(one, items, dtype=args.dtype, dry_run=args.dry_run, force=args.force, debug=args.debug)
 
-    with Progress("masks", sum(len(one.items) for one in prepared)) as progress:
-        for outcomes in run_parallel(work, jobs, args.workers or default_workers()):
-            for outcome in outcomes:
-                report(outcome, progress.say)
-            progress.advance(len(outcomes))
-    names = {"written": "masks written", "unchanged": "up to date", "removed": "masks removed", "problem": "problems"}
-    if args.dry_run:
-        names |= {"written": "masks would be written", "removed": "masks would be removed"}
-    counts = ", ".join(f"{statuses[key]} {name}" for key, name in names.items() if statuses[key])
-    print(f"{'Dry run, nothing changed: ' if args.dry_run else ''}{counts} ({progress.rate:.1f} images/s)")
-    unread = [path for dataset in prepared for path in unread_of(dataset)]
-    if unread:
-        shown = ", ".join(path.name for path in unread[:MISSING_SHOWN])
-        print(
-            printable(f"{len(unread)} files of formats that are not read: {shown}: save them as PNG or MP4"),
-            file=sys.stderr,
-        )
-    if sources:
-        print("Masks from: " + ", ".join(f"{source} {count}" for source, count in sorted(sources.items())))
-    if missing:
-        more = sources["full"] - len(missing)
-        print(printable(f"Full weight, no mask: {', '.join(sorted(missing))}{f' and {more} more' if more else ''}"))
-    return 1 if statuses["problem"] else 0
+def _encode(args: argparse.Namespace, prepared: list[Prepared]) -> None:
+    from masked_loss_triton.cache.encode import run_caching_script
+
+    statuses: Counter[str] = Counter()
+    run_caching_script(args, prepared, lambda outcome: statuses.update([outcome.status]))
+    print(f"{statuses['written']} caches encoded and masked; now those that were there before", file=sys.stderr)
+
+
+class Summary:
+    """Counts what happened to each cache and from where its mask came, and keeps the names of some that have none."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.missing: list[str] = []
+
+    def add(self, outcome: Outcome) -> None:
+        self.statuses[outcome.status] += 1
+        if outcome.source:
+            self.sources[outcome.source] += 1
+        if outcome.source == "full" and len(self.missing) < NAMES_SHOWN:
+            self.missing.append(outcome.item.stem)
+
+    def show(self, prepared: list[Prepared], dry_run: bool, rate: float) -> None:
+        from masked_loss_triton.cache.inject import unread_of
+        from masked_loss_triton.files.progress import printable
+
+        would = "would be " if dry_run else ""
+        names = {"written": f"masks {would}written", "unchanged": "up to date", "removed": f"masks {would}removed"}
+        names["problem"] = "problems"
+        counts = ", ".join(f"{self.statuses[key]} {name}" for key, name in names.items() if self.statuses[key])
+        print(f"{'Dry run, nothing changed: ' if dry_run else ''}{counts} ({rate:.1f} images/s)")
+        if self.sources:
+            print("Masks from: " + ", ".join(f"{source} {count}" for source, count in sorted(self.sources.items())))
+        if self.missing:
+            print(printable(f"Full weight, no mask: {_some(sorted(self.missing), self.sources['full'])}"))
+        unread = [path.name for dataset in prepared for path in unread_of(dataset)]
+        if unread:
+            line = f"{len(unread)} files of formats that are not read: {_some(unread, len(unread))}: save them as PNG or MP4"
+            print(printable(line), file=sys.stderr)
+
+
+def _some(names: list[str], total: int) -> str:
+    shown = names[:NAMES_SHOWN]
+    return ", ".join(shown) + (f" and {total - len(shown)} more" if total > len(shown) else "")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from masked_loss_triton.cache import cards
 from masked_loss_triton.cli import main
 from masked_loss_triton.files.contact_sheet import overlay
 from tests.cache.support import Lab, disc, frames_of, video_lab
@@ -111,12 +112,28 @@ def test_a_broken_item_is_named_and_the_rest_shown(lab, capsys):
     assert len(facts(out.with_suffix(".html"))) == 1
 
 
+def test_many_items_are_drawn_sheet_by_sheet(lab, capsys, monkeypatch):
+    monkeypatch.setattr(cards, "SHEET", 2)
+    for stem in ("five", "four", "three"):
+        lab.picture(stem, mask=disc((160, 120)))
+    (lab.masks / "four.png").write_bytes(b"")
+    out = lab.folder / "sheet"
+    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", out, "--limit", "100") == 1
+    captured = capsys.readouterr()
+    assert f"{out}.png and {out}.html, and 2 more sheets to {out}_3.html: 4 of 5 items, 1 problems" in captured.out
+    sheets = [out, lab.folder / "sheet_2", lab.folder / "sheet_3"]
+    assert sorted(path.name for path in lab.folder.glob("sheet*.png")) == ["sheet.png", "sheet_2.png", "sheet_3.png"]
+    assert [len(facts(sheet.with_suffix(".html"))) for sheet in sheets] == [2, 1, 1]
+    assert "Sheet 2 of 3: sheet, sheet_2, sheet_3." in sheets[1].with_suffix(".html").read_text()
+
+
 def test_usage(lab, capsys):
     out = str(lab.folder / "sheet")
     for flags, line in (
         (["--out", out], "give --cache or --dataset_config"),
         (["--cache", str(lab.cache), "--out", out, "--mask_gamma", "0"], "gamma must be > 0"),
         (["--cache", str(lab.cache), "--out", out, "--limit", "0"], "--limit must be 1 or more"),
+        (["--cache", str(lab.cache), "--out", out, "--mask_blur_kernel_size", "1000001"], "must be at most 1023"),
     ):
         assert main(["inspect", *flags]) == 2
         assert line in capsys.readouterr().err
