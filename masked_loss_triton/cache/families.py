@@ -56,7 +56,11 @@ FAMILIES = {
         network="lora_qwen_image",
     ),
 }
-TRAINED = tuple(name for name, family in FAMILIES.items() if family.training_script is not None)
+
+
+def trained() -> tuple[str, ...]:
+    """Returns the names of the families that can be trained with masks, not only cached."""
+    return tuple(name for name, family in FAMILIES.items() if family.training_script is not None)
 
 
 def family_of(suffix: str) -> str | None:

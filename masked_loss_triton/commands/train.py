@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from masked_loss_triton.cache.families import FAMILIES, TRAINED
+    from masked_loss_triton.cache.families import FAMILIES, trained
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.integration.musubi.launch import launch
 
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
             f"{name} trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with hv, wan or qwen",
             2,
         )
-    if name not in TRAINED:
+    if name not in trained():
         why = "can be masked in its caches and not trained yet" if name in FAMILIES else "is no model family"
-        raise UserError(f"{args.family!r} {why}: give one of {', '.join(TRAINED)}", 2)
+        raise UserError(f"{args.family!r} {why}: give one of {', '.join(trained())}", 2)
     try:
         launch(name, arguments, known.musubi)
     except UserError:

@@ -160,7 +160,17 @@ def test_latents_that_are_not_finite_are_shown(lab):
         assert main(["inspect", "--cache", str(path), "--out", str(lab.folder / "sheet")]) == 0
 
 
-def test_json_of_problems_is_json_for_every_name(lab, capsys):
-    (lab.masks / "\ud800\n\x1b[31m.png".encode("utf-8", "surrogatepass").decode("latin-1")).touch()
+def test_names_cannot_write_to_the_terminal(lab, capsys):
+    (lab.masks / "\x1b[31mred\n\u202e.png").write_bytes(b"")
+    (lab.masks / "a.png").rename(lab.masks / "\x1b[2J.png")
+    (lab.images / "a.png").rename(lab.images / "\x1b[2J.png")
+    (lab.images / "a.txt").rename(lab.images / "\x1b[2J.txt")
+    (lab.cache / "a_0160x0120_wan.safetensors").rename(lab.cache / "\x1b[2J_0160x0120_wan.safetensors")
+    (lab.masks / "\x1b[2J.png").write_bytes(b"")
+    for command in (["cache"], ["check"], ["inspect", "--out", lab.folder / "sheet"]):
+        assert lab.run(command[0], "--mask_directory", lab.masks, *command[1:]) == 1
+        said = "".join(capsys.readouterr())
+        assert "\\x1b[2J" in said
+        assert not {"\x1b", "\u202e"} & set(said)
     assert lab.run("check", "--mask_directory", lab.masks, "--json") == 1
     assert json.loads(capsys.readouterr().out)
