@@ -43,7 +43,15 @@ WEIGHTS_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything that decides the weights of an item: one list of candidates for each target picture, and the rest."""
+    """Everything that decides the weights of a cache, so that a change of it can be seen.
+
+    Attributes:
+        candidates: for each target picture, the places where its mask may be.
+        contents: for each target picture, kind and SHA-256 of each candidate.
+        operations: what is done to the mask.
+        facts: shape of the latents, size of the picture, window of frames, frame rates, target frame.
+        stem: name of the picture or clip.
+    """
 
     candidates: tuple[tuple[Candidate, ...], ...]
     contents: list[list[tuple[str, str]]]
@@ -53,11 +61,11 @@ class Inputs:
 
     @property
     def digest(self) -> str:
-        """A hash of all of it."""
+        """SHA-256 of all of it, hexadecimal."""
         return self.digest_with(self.operations)
 
     def digest_with(self, operations: MaskOperations) -> str:
-        """The hash that other operations would have given."""
+        """Returns the digest that other operations would have given."""
         shape, size, window, fps, target = self.facts
         name = self.stem if operations.mask_blur_random else None
         facts = [WEIGHTS_VERSION, self.contents, dataclasses.asdict(operations), shape, size, window, fps, name, target]
@@ -227,7 +235,8 @@ def _clip_planes(
     dataset: Dataset,
     family: Family,
 ) -> np.ndarray | None:
-    """(T, h, w) float32 for the first `needed` frames that the trainer keeps, T = 1 for a still; None: passed over."""
+    """Returns (T, h, w) float32 for the first `needed` frames that the trainer keeps, T = 1 for a still; None for an alpha
+    channel that hides nothing."""
     size = clip_size(clip) if clip is not None and clip.exists() else None
 
     def plane(mask: np.ndarray) -> np.ndarray:

@@ -137,7 +137,7 @@ def _check_frames(
 
 
 def _too_short(prepared: Prepared, source: Source, count: int) -> str:
-    """What to tell where the caches of a clip need more frames than its mask has."""
+    """Returns the words for a mask with fewer frames than the caches of its clip need; empty where it has enough."""
     windows = (item.window for item in prepared.items_of(source.stem) if item.window is not None)
     needed = max((start + length for start, length in windows), default=0)
     fps = prepared.family.fps if prepared.dataset.source_fps is not None else None

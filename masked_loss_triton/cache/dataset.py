@@ -56,7 +56,7 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """How reports call it."""
+        """The name of the dataset in messages: its number and its folder or list."""
         return f"dataset {self.index} ({self.directory or self.jsonl})"
 
     @property
@@ -142,7 +142,7 @@ def _meant(key: str, ours: tuple[str, ...] = MASK_KEYS) -> str:
 
 
 def without_mask_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The trainer's part of a dataset file: what it accepts once our keys are out."""
+    """Returns the contents of a dataset file without the keys about masks, which the trainer would refuse."""
     config = _load(Path(path))
 
     def strip(table: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class _Reader:
         return rate
 
     def mask_paths(self, directory: Path | None) -> tuple[Path | None, Path | None]:
-        """The mask folder and the default mask."""
+        """Returns the mask folder and the default mask, either of them None where it was not named."""
         masks, default = self.path("mask_directory"), self.path("default_mask")
         if masks and directory and os.path.realpath(masks) == os.path.realpath(directory):
             raise self.error(f"mask_directory is the folder {directory} itself, so that pictures would be masks")

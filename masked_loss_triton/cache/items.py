@@ -198,7 +198,7 @@ def choose_family(datasets: list[Dataset], given: str | None) -> str:
 
 
 def no_caches(datasets: list[Dataset], family: str) -> UserError:
-    """The error where a family has no caches, with those that lie there instead."""
+    """Returns the error for folders without caches of a family; it names the families whose caches are there instead."""
     folders = ", ".join(str(dataset.cache_directory) for dataset in datasets)
     there = sum((families_in(dataset) for dataset in datasets), Counter())
     others = [

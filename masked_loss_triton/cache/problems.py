@@ -33,7 +33,7 @@ class Findings:
 
 
 def _check_together(prepared: Prepared, caches: list[CacheFindings]) -> list[Problem]:
-    """The problems of the caches of one dataset, and what only all of them together show."""
+    """Returns the problems of the caches of one dataset, with what only all of them together show."""
     found = check_mixed(prepared, [cache.masked for cache in caches])
     made_with = {cache.operations for cache in caches if cache.operations is not None}
     # Nobody said how masks were to be made, and all were made in one way.
@@ -208,7 +208,7 @@ def cached_operations(file: TensorFile) -> MaskOperations | None:
 
 
 def check_lists(prepared: Prepared) -> list[Problem]:
-    """What can be seen from the names alone: unused and ambiguous masks, pictures that were not cached."""
+    """Finds what the names alone show: unused and ambiguous masks, formats that are not read, pictures without cache."""
     dataset, found = prepared.dataset, []
     if prepared.masks is not None:
         known = {target.stem for source in prepared.sources.values() for target in source.targets}
@@ -228,7 +228,7 @@ def check_lists(prepared: Prepared) -> list[Problem]:
 
 
 def check_mixed(prepared: Prepared, masked: list[bool]) -> list[Problem]:
-    """One line when some caches of a dataset have weights and others have none."""
+    """Returns one problem when some caches of a dataset have weights and others have none."""
     if not any(masked) or all(masked):
         return []
     counts = f"{sum(masked)} of {len(masked)} caches have weights: run masked-loss cache"

@@ -62,7 +62,7 @@ class MaskOperations:
             raise ValueError(f"mask_time must be 'mean' or 'max', got {self.mask_time!r}")
 
     def __str__(self) -> str:
-        """Names what differs from doing nothing, as flags name it."""
+        """Names the operations that change something, with their values."""
         fields = ((field.name, field.default) for field in dataclasses.fields(self))
         changed = [f"{name} {getattr(self, name)}" for name, default in fields if getattr(self, name) != default]
         return ", ".join(changed) or "no operations"
