@@ -280,6 +280,7 @@ def round_of(lab, nurseries, draw, number, versions, seen):
     running = []
     for i, kind in enumerate(kinds):
         log = str(lab.folder / f"log {number} {i}")
+        Path(log).touch()  # a kill may come before the first word
         nursery = draw.choice(nurseries)
         running.append((kind, nursery, nursery.ask(run=commands[kind], log=log), log))
         time.sleep(draw.uniform(0, 0.05))
