@@ -10,7 +10,7 @@ from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.errors import UserError
 
 
-def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+def add_workers_argument(parser: Any, text: str = "threads (default: four per core, at most 16)") -> None:
     """--workers: None, or at least 1."""
 
     def at_least_one(text: str) -> int:
@@ -19,9 +19,7 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
             raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
         return number
 
-    parser.add_argument(
-        "--workers", type=at_least_one, metavar="N", help="threads (default: four per core, at most 16)"
-    )
+    parser.add_argument("--workers", type=at_least_one, metavar="N", help=text)
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from masked_loss_triton.files.shard import Shard
     from masked_loss_triton.generate.batches import Generation
     from masked_loss_triton.generate.jobs import Job, Jobs
     from masked_loss_triton.generate.prompts import MaskRequest
@@ -27,6 +28,8 @@ GENERATION = ("backend", "device", "dtype", "batch_size", "key_interval", "no_de
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from masked_loss_triton.commands.arguments import add_workers_argument
+    from masked_loss_triton.commands.farm import add_engine_arguments, add_shard_argument
     from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, add_backend_arguments
 
     parser.add_argument(
@@ -56,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip_output", choices=("frames", "video"), default="frames", help="a folder of PNGs, or one lossless video"
     )
     _add_how(parser.add_argument_group("how"))
+    machines = parser.add_argument_group("several machines or workers")
+    add_shard_argument(machines)
+    add_engine_arguments(machines)
+    add_workers_argument(machines, "workers of Ray (default: one a GPU where models run on GPUs, else one a core)")
     add_backend_arguments(parser)
 
 
@@ -125,33 +132,40 @@ def _add_how(how: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import uuid
     from pathlib import Path
 
+    from masked_loss_triton.commands.farm import ray_options, shard_of
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.folders import check_folder_is_writable
-    from masked_loss_triton.files.locks import folder_lock
+    from masked_loss_triton.files.shard import shard_lock
     from masked_loss_triton.generate.jobs import clear_leftovers
     from masked_loss_triton.generate.sheet import choose_sheet_name
     from masked_loss_triton.generate.summary import Summary
 
     if args.sheet_limit < 0:
         raise UserError(f"--sheet_limit must be 0 or more, got {args.sheet_limit}", 2)
-    generation = _generation(args)
+    generation, shard, ray = _generation(args), shard_of(args), ray_options(args)
+    if args.workers is not None and ray is None:
+        raise UserError("--workers belongs to --engine ray: the backend knows its number of threads", 2)
     output = generation.output_dir
-    found = _find(args)
+    found = _find(args, shard)
     sheet = choose_sheet_name(args.sheet, Path(args.input_dir), output)
+    if shard.count > 1:  # each shard has its own
+        sheet = sheet.with_name(f"{sheet.name}_{shard.name}")
     check_folder_is_writable(output, "--output_dir")
     summary = Summary()
-    with folder_lock(output, "masked-loss generate"):
+    run_name = uuid.uuid4().hex if ray is not None else ""
+    with shard_lock(output, "masked-loss generate", shard, run_name):
         clear_leftovers(output)
-        found = _find(args)  # again: another run may have had the lock until now
+        found = _find(args, shard)  # again: another run may have had the lock until now
         for problem in found.problems:
             summary.add_problem(problem)
         pending = [job for job in found.jobs if args.overwrite != "none" or not job.masks]
         if args.overwrite == "none":
             summary.add_present([job for job in found.jobs if job.masks], generation)
         if pending:
-            _make(pending, generation, summary)
+            _make(pending, generation, summary, None if ray is None else {"shard": shard, "run": run_name, **ray})
     summary.add_copies(generation.copies)
     summary.add_unread(found.unread)
     if args.sheet_limit and found.jobs:
@@ -160,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if summary.problems or (args.strict and summary.nothing) else 0
 
 
-def _find(args: argparse.Namespace) -> Jobs:
+def _find(args: argparse.Namespace, shard: Shard) -> Jobs:
     from pathlib import Path
 
     from masked_loss_triton.errors import UserError
@@ -168,19 +182,28 @@ def _find(args: argparse.Namespace) -> Jobs:
     from masked_loss_triton.masks.reading import unread_text
 
     clip_suffix = ".mkv" if args.clip_output == "video" else ""
-    found = find_jobs(Path(args.input_dir), Path(args.output_dir), clip_suffix)
-    if not found.jobs and not found.problems:
+    folders = Path(args.input_dir), Path(args.output_dir)
+    found = find_jobs(*folders, clip_suffix, shard)
+    whole = found if found.jobs or found.problems else find_jobs(*folders, clip_suffix)
+    if not whole.jobs and not whole.problems:
         skipped = f" ({unread_text(found.unread)})" if found.unread else ""
         raise UserError(f"--input_dir {args.input_dir} has no pictures or clips in it{skipped}", 2)
     return found
 
 
-def _make(jobs: list[Job], generation: Generation, summary: Summary) -> None:
+def _make(jobs: list[Job], generation: Generation, summary: Summary, ray: dict[str, Any] | None) -> None:
     from masked_loss_triton.files.progress import Progress
-    from masked_loss_triton.generate.batches import generate_masks
 
+    if ray is None:
+        from masked_loss_triton.generate.batches import generate_masks
+
+        finished = generate_masks(jobs, generation)
+    else:
+        from masked_loss_triton.generate.on_ray import generate_masks_on_ray
+
+        finished = generate_masks_on_ray(jobs, generation, **ray)
     with Progress("generate", len(jobs)) as progress:
-        for done in generate_masks(jobs, generation):
+        for done in finished:
             summary.add(done, progress.say)
             progress.advance()
     summary.rate = progress.rate

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ def run_ray(
     lost: Callable[[T, str], R],
     *,
     guard: Callable[[T], AbstractContextManager[Any]] = contextlib.nullcontext,
+    split: Callable[[T], list[T]] = lambda job: [job],
     workers: int | None = None,
     num_gpus: float | None = None,
     address: str | None = None,
@@ -48,6 +50,7 @@ def run_ray(
         jobs: what is to be done.
         lost: the outcome of a job that killed every actor that tried it, from the job and a reason.
         guard: entered for each job, in the actor: a lock, which an actor that outlives this process by seconds still holds.
+        split: the parts of a job that are tried on their own when the whole killed every actor.
         workers: actors; by default one for each GPU where they use any, else one for each core.
         num_gpus: of each actor, also a fraction; None is one where the machines have any.
         address: of a running cluster, HOST:PORT or "auto"; by default RAY_ADDRESS, else a Ray of its own on this machine.
@@ -71,11 +74,12 @@ def run_ray(
         workers, num_gpus = _room(ray, workers, num_gpus)
         left = dict(enumerate(jobs))
         for alone in (False, True):
-            for index, outcome in _pass(
+            for number, outcome in _pass(
                 ray, (make_worker, guard), left, min(workers, len(left)), num_gpus, alone, debug
             ):
-                if left.pop(index, None) is not None:
+                if left.pop(number, None) is not None:
                     yield outcome
+            left = dict(enumerate(part for job in left.values() for part in ([job] if alone else split(job))))
         for job in left.values():
             yield lost(job, f"the worker died at it, {2 * (RETRIES + 1)} times: see dmesg, it may want more memory")
     except ray.exceptions.RayError as error:
@@ -120,9 +124,24 @@ def _start(ray: Any, address: str, workers: int | None, debug: bool) -> None:
     if address == "local":
         options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
-        ray.init(address=address, **options)
+        with contextlib.nullcontext() if debug else _without_stderr():
+            ray.init(address=address, **options)
     except Exception as error:
         raise _told(f"Ray cannot be started or reached at {address}", error) from error
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's C++ part says with which level it logs, at every level."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _room(ray: Any, workers: int | None, num_gpus: float | None) -> tuple[int, float]:
@@ -177,6 +196,15 @@ def _remote_options() -> dict[str, Any]:
 def _told(what: str, error: Exception) -> UserError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(f"{what} ({reason}): --debug shows more")
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What tells a file or folder from the one that took its place, the same on every machine; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Actor:

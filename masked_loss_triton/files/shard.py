@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -83,16 +82,6 @@ def shard_lock(
         folder_lock(folders, f"{command} --shard {shard}", party=run, name=f".masked_loss.{shard.name}.lock"),
     ):
         yield
-
-
-def add_shard_argument(parser: argparse.ArgumentParser) -> None:
-    """--shard: None, or the text for `parse_shard`."""
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="do part I of N, counted from 0, and leave the rest to other processes or machines; `env` reads both from "
-        "the variables of Slurm, torchrun or SkyPilot (one of these names reads only its own)",
-    )
 
 
 def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> Shard:

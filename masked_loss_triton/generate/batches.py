@@ -26,14 +26,16 @@ from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import (
     OVERWRITE,
     Replacement,
+    is_generated,
     is_mask,
+    read_note,
     write_frames,
     write_mask,
     write_video,
 )
 from masked_loss_triton.generate.prompts import MaskRequest
-from masked_loss_triton.masks.frames import frame_rate, read_clip
-from masked_loss_triton.masks.reading import read_picture
+from masked_loss_triton.masks.frames import frame_rate, read_clip, read_frames, to_uint8
+from masked_loss_triton.masks.reading import read_mask_file, read_picture
 from masked_loss_triton.masks.sources import exif_orientation
 
 FALLBACKS = {"none": None, "black": 0, "white": 255}
@@ -191,6 +193,17 @@ class Worker:
             if done is not None:
                 finished.append(done)
         return finished + (self._pictures(jobs, pictures) if jobs else [])
+
+    def written_since(self, job: Job) -> Done | None:
+        """What became of a job that another worker has written since the run began; None where its target is not generated."""
+        mask = job.mask()
+        if mask != job.target or not is_generated(mask):
+            return None
+        self._clear(job, but=mask)
+        frames = read_frames(mask) if job.is_clip else [to_uint8(read_mask_file(mask))]
+        means = [float(frame.mean()) / 255 for frame in frames]
+        status = "nothing" if (read_note(mask) or {}).get("fallback") else "written"
+        return Done(job, status, mean=sum(means) / len(means))
 
     def _passed_over(self, job: Job) -> Done | None:
         """What becomes of a job without looking at its picture, or None for one that is to be worked on.

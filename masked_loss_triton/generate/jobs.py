@@ -10,6 +10,7 @@ from pathlib import Path
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import TEMPORARY, remove_leftovers
 from masked_loss_triton.files.folders import walk_files
+from masked_loss_triton.files.shard import WHOLE, Shard
 from masked_loss_triton.generate.mask_files import is_mask
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, VIDEO_EXTENSIONS
 from masked_loss_triton.masks.reading import UNREAD_EXTENSIONS
@@ -46,7 +47,7 @@ class Jobs:
     unread: Counter[str]
 
 
-def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "") -> Jobs:
+def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: Shard = WHOLE) -> Jobs:
     """Every picture and clip below a folder; sub-folders are mirrored.
 
     Masks are found by stem, so two pictures, or two clips, of one stem in one folder are a problem.
@@ -55,6 +56,7 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "") -> Jobs:
         input_dir: the pictures and clips. Hidden files and folders, and `output_dir`, are left out.
         output_dir: the folder of the masks; it need not exist.
         clip_suffix: ".mkv" for a video as the mask of a clip, "" for a folder of PNGs.
+        shard: only this part. Pictures and clips of one stem in one folder are in the same.
 
     Raises:
         UserError: when the folder does not exist, or is the one that masks go to.
@@ -70,6 +72,8 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "") -> Jobs:
     by_folder: dict[Path, list[Path]] = {}
     for source in walk_files(input_dir, leave_out={output}):
         kind = source.suffix.lower()
+        if (source.relative_to(input_dir).parent / source.stem) not in shard:
+            continue
         if kind in (*MASK_EXTENSIONS, *VIDEO_EXTENSIONS):
             by_folder.setdefault(source.parent, []).append(source)
         elif kind in UNREAD_EXTENSIONS:
