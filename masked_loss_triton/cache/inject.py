@@ -33,6 +33,7 @@ from masked_loss_triton.cache.items import (
 from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.parallel import default_workers, run_parallel
+from masked_loss_triton.files.shard import Shard
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"
@@ -77,6 +78,11 @@ class Prepared:
     def items_of(self, stem: str) -> list[CacheItem]:
         """The caches of one picture or clip."""
         return self._by_stem.get(stem, [])
+
+    def part(self, shard: Shard) -> Prepared:
+        """Those of its pictures, clips and caches that are in a shard; a clip and all its windows are in the same one."""
+        sources = {stem: source for stem, source in self.sources.items() if stem in shard}
+        return dataclasses.replace(self, sources=sources, items=[item for item in self.items if item.stem in shard])
 
     def jobs(self) -> Iterator[list[CacheItem]]:
         """Items that share one decoding: a picture alone, all windows of a clip together."""

@@ -18,16 +18,15 @@ Job = tuple[int, list[tuple[CacheItem, tuple[int, ...] | None]]]
 
 
 def inject_on_ray(
-    prepared: Sequence[Prepared], shard: Shard, run: str, *, remove: bool, options: dict[str, Any], **ray: Any
-) -> Iterator[list[Outcome]]:
-    """Yields the outcomes of each job of the datasets, as they are done.
+    prepared: Sequence[Prepared], shard: Shard, run: str, *, options: dict[str, Any], **ray: Any
+) -> Iterator[Outcome]:
+    """Masks all caches of datasets, or takes their masks out, and yields what happened to each as it happens.
 
     Args:
         prepared: the datasets.
         shard: the part of the work that they are.
         run: the name under which the caller holds `shard_lock`.
-        remove: take weights out.
-        options: of `inject`, or of `remove_weights`.
+        options: of `inject_all`: remove, dtype, dry_run, force, debug.
         ray: options of `run_ray`: workers, num_gpus, address, debug.
     """
     jobs: list[Job] = [
@@ -38,34 +37,45 @@ def inject_on_ray(
     # What an actor needs to know of a dataset; each job has its own items and sources.
     known = [dataclasses.replace(one, items=[], sources={}) for one in prepared]
     guard = functools.partial(_guard, [one.dataset.cache_directory for one in prepared], shard, run)
-    make = functools.partial(_make, known, remove, options)
     ray["num_gpus"] = ray.get("num_gpus") or 0.0
-    return run_ray(make, jobs, _lost, guard=guard, **ray)
+    for outcomes in run_ray(functools.partial(_make, known, **options), jobs, _lost, guard=guard, **ray):
+        yield from outcomes
 
 
 def _guard(folders: list[Any], shard: Shard, run: str, job: Job) -> AbstractContextManager[None]:
     return shard_lock(folders[job[0]], "masked-loss cache", shard, run)
 
 
-def _make(prepared: list[Prepared], remove: bool, options: dict[str, Any]) -> Callable[[Job], list[Outcome]]:
-    return functools.partial(_work, prepared, remove, options)
-
-
-def _work(prepared: list[Prepared], remove: bool, options: dict[str, Any], job: Job) -> list[Outcome]:
-    number, items = job
-    fresh = [item for item, before in items if stamp(item.path) == before]
-    # Written since: by the worker that had the job before this one and died.
-    written = [item for item, before in items if stamp(item.path) != before]
+def _make(prepared: list[Prepared], *, remove: bool, **options: Any) -> Callable[[Job], list[Outcome]]:
     if remove:
-        done = [remove_weights(item, **options) for item in (*fresh, *written)]
-    else:
-        done = inject(prepared[number], fresh, **options) if fresh else []
-        done += inject(prepared[number], written, **{**options, "force": False}) if written else []
+        return functools.partial(_remove, {name: options[name] for name in ("dry_run", "debug")})
+    return functools.partial(_inject, prepared, options)
+
+
+def _remove(options: dict[str, Any], job: Job) -> list[Outcome]:
+    fresh, written = _sorted(job)
+    return _told([remove_weights(item, **options) for item in (*fresh, *written)], written, "removed")
+
+
+def _inject(prepared: list[Prepared], options: dict[str, Any], job: Job) -> list[Outcome]:
+    fresh, written = _sorted(job)
+    done = inject(prepared[job[0]], fresh, **options) if fresh else []
+    done += inject(prepared[job[0]], written, **{**options, "force": False}) if written else []
+    return _told(done, written, "written")
+
+
+def _sorted(job: Job) -> tuple[list[CacheItem], list[CacheItem]]:
+    """The items of a job that are as they were when the run began, and those that a worker wrote before it died."""
+    before = {item.path: one == stamp(item.path) for item, one in job[1]}
+    return [item for item, _ in job[1] if before[item.path]], [item for item, _ in job[1] if not before[item.path]]
+
+
+def _told(outcomes: list[Outcome], written: list[CacheItem], status: str) -> list[Outcome]:
+    """The outcomes, where what is up to date because of this run counts as done by it."""
     late = {item.path for item in written}
-    status = "removed" if remove else "written"
     return [
         dataclasses.replace(one, status=status) if one.item.path in late and one.status == "unchanged" else one
-        for one in done
+        for one in outcomes
     ]
 
 

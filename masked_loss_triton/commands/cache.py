@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from masked_loss_triton.cache.dataset import Dataset
     from masked_loss_triton.cache.inject import Outcome, Prepared
+    from masked_loss_triton.files.shard import Shard
 
 HELP = "Add mask weights to existing latent caches, without encoding anything again."
 EXAMPLE = "masked-loss cache --dataset_config dataset.toml --alpha_mask --mask_directory masks"
@@ -18,10 +19,16 @@ NAMES_SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.arguments import add_dataset_arguments, add_workers_argument
+    from masked_loss_triton.commands.farm import add_engine_arguments, add_shard_argument
 
     add_dataset_arguments(parser)
+    machines = parser.add_argument_group("several machines or workers")
+    add_shard_argument(machines)
+    add_engine_arguments(machines)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
-    add_workers_argument(parser)
+    add_workers_argument(
+        parser, "threads (default: four per core, at most 16), or workers of Ray (default: one a core)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
     parser.add_argument(
@@ -38,25 +45,29 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from masked_loss_triton.commands.arguments import datasets_from
+    from masked_loss_triton.commands.farm import ray_options, shard_of
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.atomic import remove_leftovers
-    from masked_loss_triton.files.locks import folder_lock
+    from masked_loss_triton.files.shard import shard_lock
 
     if args.encode is not None and (args.remove or args.dry_run):
         raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
+    shard, ray = shard_of(args), ray_options(args)
+    if args.encode is not None and (args.shard is not None or ray is not None):
+        raise UserError("--encode runs the trainer's script on everything, here: leave out --shard and --engine", 2)
     datasets = datasets_from(args, need_source=not args.remove)
     if args.dry_run:
-        return _cache(args, datasets)
+        return _cache(args, datasets, shard, None)
     folders = [dataset.cache_directory for dataset in datasets]
     for folder in folders if args.encode is not None else ():
         os.makedirs(folder, exist_ok=True)  # as the script does: there is nothing to lock before
-    with folder_lock(folders, "masked-loss cache"):
+    with shard_lock(folders, "masked-loss cache", shard, ray["run"] if ray is not None else ""):
         for folder in folders:
             remove_leftovers(folder)
-        return _cache(args, datasets)
+        return _cache(args, datasets, shard, ray)
 
 
-def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
+def _cache(args: argparse.Namespace, datasets: list[Dataset], shard: Shard, ray: dict[str, Any] | None) -> int:
     from masked_loss_triton.cache.families import FAMILIES
     from masked_loss_triton.cache.inject import inject_all, prepare
     from masked_loss_triton.cache.items import choose_family, no_caches
@@ -69,16 +80,15 @@ def _cache(args: argparse.Namespace, datasets: list[Dataset]) -> int:
         prepared = [prepare(dataset, FAMILIES[args.arch]) for dataset in datasets]
     if not any(dataset.items for dataset in prepared):
         raise no_caches(datasets, args.arch)
+    prepared = [dataset.part(shard) for dataset in prepared]
+    options = {name: getattr(args, name) for name in ("remove", "dtype", "dry_run", "force", "debug")}
+    if ray is None:
+        finished = inject_all(prepared, workers=args.workers, **options)
+    else:
+        from masked_loss_triton.cache.on_ray import inject_on_ray
+
+        finished = inject_on_ray(prepared, shard, options=options, **ray)
     summary = Summary()
-    finished = inject_all(
-        prepared,
-        remove=args.remove,
-        dtype=args.dtype,
-        dry_run=args.dry_run,
-        force=args.force,
-        workers=args.workers,
-        debug=args.debug,
-    )
     with Progress("masks", sum(len(dataset.items) for dataset in prepared)) as progress:
         for outcome in finished:
             summary.add(outcome)

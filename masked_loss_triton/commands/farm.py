@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import uuid
 from typing import Any
 
 from masked_loss_triton.errors import UserError
@@ -57,7 +58,7 @@ def shard_of(args: argparse.Namespace) -> Shard:
 
 
 def ray_options(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The keywords of `run_ray` that flags give, or None without --engine ray.
+    """The keywords of `run_ray` that flags give and a name for the run, or None without --engine ray.
 
     Raises:
         UserError: for flags of Ray without it, and for a negative number of GPUs, with exit status 2.
@@ -70,6 +71,7 @@ def ray_options(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.num_gpus is not None and not 0 <= args.num_gpus < float("inf"):
         raise UserError(f"--num_gpus must be 0 or more, got {args.num_gpus}", 2)
     return {
+        "run": uuid.uuid4().hex,
         "workers": args.workers,
         "num_gpus": args.num_gpus,
         "address": args.ray_address,

@@ -132,7 +132,6 @@ def _add_how(how: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import uuid
     from pathlib import Path
 
     from masked_loss_triton.commands.farm import ray_options, shard_of
@@ -155,8 +154,7 @@ def run(args: argparse.Namespace) -> int:
         sheet = sheet.with_name(f"{sheet.name}_{shard.name}")
     check_folder_is_writable(output, "--output_dir")
     summary = Summary()
-    run_name = uuid.uuid4().hex if ray is not None else ""
-    with shard_lock(output, "masked-loss generate", shard, run_name):
+    with shard_lock(output, "masked-loss generate", shard, ray["run"] if ray is not None else ""):
         clear_leftovers(output)
         found = _find(args, shard)  # again: another run may have had the lock until now
         for problem in found.problems:
@@ -165,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         if args.overwrite == "none":
             summary.add_present([job for job in found.jobs if job.masks], generation)
         if pending:
-            _make(pending, generation, summary, None if ray is None else {"shard": shard, "run": run_name, **ray})
+            _make(pending, generation, summary, None if ray is None else {"shard": shard, **ray})
     summary.add_copies(generation.copies)
     summary.add_unread(found.unread)
     if args.sheet_limit and found.jobs:
