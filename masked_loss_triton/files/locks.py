@@ -25,6 +25,7 @@ from masked_loss_triton.errors import UserError
 
 LOCK_NAME = ".masked_loss.lock"
 LONGEST_WAIT, POLL = 600.0, 0.1  # seconds
+PARTY_PATIENCE = 1.0  # seconds before a wait is told: the first of a party shuts out the second for a moment
 # Binary: Windows would change the ends of lines.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
@@ -135,7 +136,7 @@ def _wait_for(
 ) -> tuple[Path | None, int | None] | None:
     """The lock file, None where it is another's, and its descriptor, None where a file takes the place of a lock; None where
     nothing can be locked."""
-    end, said = time.monotonic() + longest_wait, False
+    started, said = time.monotonic(), False
     while True:
         try:
             lock = _acquire(path, command, party)
@@ -145,9 +146,10 @@ def _wait_for(
             raise UserError(f"{path.parent} cannot be locked ({error.strerror})") from error
         if lock is not None:
             return lock
-        if time.monotonic() >= end:
+        waited = time.monotonic() - started
+        if waited >= longest_wait:
             raise UserError(f"{path.parent} is in use by {_holder(path)}: run this again when that has ended")
-        if not said:
+        if not said and (waited > PARTY_PATIENCE or not party):
             said = True
             say(f"{command}: waits for {_holder(path)}, which writes in {path.parent}")
         time.sleep(POLL)
