@@ -182,7 +182,7 @@ def test_a_white_mask_has_no_prior_region(device, backend):
         ([-0.5, 0.25, 1.4, 1.0], {}, [0.0, 0.25, 1.0, 1.0]),  # clamped on both sides
         ([5e-7, 0.25, 0.5, 1.0], {"normalization": "mean"}, [0.0, 0.25, 0.5, 1.0]),  # the snap's lower edge,
         ([2e-6, 0.25, 0.5, 1.0], {"gamma": 0.25}, [0.0376060, 0.7071068, 0.8408964, 1.0]),  # and beyond it
-        ([1 - 5e-7, 0.25, 0.5, 1.0], {"gamma": 4.0}, [1.0, 0.00390625, 0.0625, 1.0]),  # its upper edge
+        ([1 - 5e-7, 0.25, 0.5, 1.0], {"gamma": 64.0}, [1.0, 0.0, 0.0, 1.0]),  # its upper edge
     ],
 )
 def test_weights_at_the_edges(device, backend, values, options, want):

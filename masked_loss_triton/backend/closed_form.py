@@ -139,15 +139,16 @@ def loss_and_gradient(
         return target_term, prior_term, result
     result = torch.empty_like(pred) if write_gradient else None
     size = CPU_BLOCK * torch.get_num_threads() if pred.device.type == "cpu" else DEVICE_BLOCK
-    expanded = [None if x is None else x.expand(pred.shape) for x in operands]
-    terms = []
-    for *block, out in _blocks((*expanded, result), size):
+    a, b = (None if x is None else x.expand(pred.shape) for x in operands[-2:])
+    target_terms, prior_terms = [], []
+    for *block, out in _blocks((*operands[:-2], a, b, result), size):
         e, e_prior, _ = _elements(Operands(*block), out, options)  # type: ignore[arg-type]
-        terms.append(e.sum())
+        target_terms.append(e.sum())
         if e_prior is not None:
-            terms.append(e_prior.sum())
-    sums = torch.stack(terms).view(-1, 1 if operands.prior is None else 2).sum(0)
-    return sums[0], torch.zeros_like(sums[0]) if operands.prior is None else sums[1], result
+            prior_terms.append(e_prior.sum())
+    target_term = torch.stack(target_terms).sum()
+    prior_term = torch.stack(prior_terms).sum() if prior_terms else torch.zeros_like(target_term)
+    return target_term, prior_term, result
 
 
 def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tuple[torch.Tensor | None, ...]]:

@@ -61,10 +61,14 @@ def loss_factors(
             raise unknown("normalization", config.normalization)
         eps = config.eps * (count if config.normalization == "mean_one" else 1)
         denominator_w, denominator_v = total_w + eps, total_v + eps
-    weighting: Any = 1 if inputs.weighting is None else inputs.weighting.to(sum_w.dtype)
     # Data parallel training averages the gradients of its ranks; times the number of ranks, that average is the sum.
-    s = weighting * (group_size / (denominator_w * samples))
-    r = weighting * inputs.prior_weight * (group_size / (denominator_v * samples)) if has_prior else 0.0
+    s: Any = group_size / denominator_w
+    r: Any = inputs.prior_weight * (group_size / denominator_v) if has_prior else 0.0
+    if config.per_sample:
+        s, r = s / samples, r / samples
+    if inputs.weighting is not None:
+        weighting = inputs.weighting.to(sum_w.dtype)
+        s, r = s * weighting, r * weighting
     if config.area_scale_beta:
         s = s * mean_raw**config.area_scale_beta
     return _per_sample(s, sum_w), _per_sample(r, sum_w)

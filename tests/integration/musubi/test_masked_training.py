@@ -371,5 +371,9 @@ def test_masks_of_a_batch():
     # One sample's mask would otherwise spread over the whole batch.
     with pytest.raises(UserError, match=r"is \(1, 1, 1, 8, 8\), its latents need \(3, 1, 1, 8, 8\)"):
         mask_of({"mask_weights_1x8x8": good[:1]}, latents, False)
+    with pytest.raises(
+        UserError, match=r"mask_weights_1x8x8 is floating with a largest value of 255.*run masked-loss cache"
+    ):
+        mask_of({"mask_weights_1x8x8": good.round() * 255}, latents, False)
     with pytest.raises(UserError, match="several masks"):
         mask_of({"mask_weights_1x8x8": good, "mask_weights_1x4x4": good}, latents, False)
