@@ -124,6 +124,20 @@ def test_every_kind_of_loss_has_a_formula_and_its_slope(loss_type, delta):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_backend_computes_the_formula_of_the_table(device, backend, loss_type):
+    """On either side of delta, far beyond it and near 0."""
+    difference = torch.tensor([-3.0, -0.95, -0.45, -0.01, 0.0, 0.2, 0.45, 0.95, 40.0, 1e-4])
+    error, slope = error_and_slope(difference.double(), loss_type, 0.7)
+    pred = difference.view(1, 1, 1, 1, -1).to(device).requires_grad_()
+    config = MaskedLossConfig(loss_type=loss_type, loss_delta=0.7)
+    loss = masked_loss(pred, torch.zeros_like(pred), None, config, backend=backend)
+    loss.backward()
+    torch.testing.assert_close(loss.double().cpu(), error.mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(pred.grad.flatten().double().cpu() * 10, slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("field", ["loss_type", "floor", "normalization", "resample"])
 def test_a_word_without_a_formula_is_an_error_in_every_backend(device, backend, field):
     """As when somebody adds it to the config and forgets a backend: never what the last branch computes."""
@@ -179,7 +193,11 @@ def test_a_white_mask_has_no_prior_region(device, backend):
 @pytest.mark.parametrize(
     ("values", "options", "want"),
     [
-        ([-0.5, 0.25, 1.4, 1.0], {}, [0.0, 0.25, 1.0, 1.0]),  # clamped on both sides
+        (
+            [-1.0, 1.0, 0.25, 0.25, 0.0, 1.4, 1.0, 1.0],
+            {},
+            [0.5, 0.25, 0.5, 1.0],
+        ),  # clamped on both sides, then averaged
         ([5e-7, 0.25, 0.5, 1.0], {"normalization": "mean"}, [0.0, 0.25, 0.5, 1.0]),  # the snap's lower edge,
         ([2e-6, 0.25, 0.5, 1.0], {"gamma": 0.25}, [0.0376060, 0.7071068, 0.8408964, 1.0]),  # and beyond it
         ([1 - 5e-7, 0.25, 0.5, 1.0], {"gamma": 64.0}, [1.0, 0.0, 0.0, 1.0]),  # its upper edge
