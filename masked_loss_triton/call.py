@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
-from torch.autograd import forward_ad
 
 from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 
@@ -33,8 +32,6 @@ _PRED_SHAPES = {
     "channels_first": "(B, C, F, H, W) or (B, C, H, W)",
     "layered": "(B, L, C, H, W)",
 }
-# What only the reference differentiates in.
-_CONSTANTS = ("target", "latents", "prior", "mask", "weighting", "prior_weight", "prior_gate", "mask_gate")
 _MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
 
 
@@ -338,35 +335,3 @@ def _checked_group(value: Any) -> Any:
             "give torch.distributed.group.WORLD after init_process_group, or None"
         )
     return value
-
-
-def refuse_lost_derivatives(inputs: LossInputs) -> None:
-    """Raises where a backend that differentiates in pred alone, once, would lose a derivative or fail inside.
-
-    Raises:
-        ValueError: something else requires grad.
-        RuntimeError: forward mode, torch.func or vmap.
-    """
-    if torch.is_grad_enabled():
-        values = [(name, getattr(inputs, name)) for name in _CONSTANTS]
-        for name, value in values + [("normalizer", number) for number in inputs.normalizer or ()]:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise ValueError(
-                    f"{name} requires grad, but this backend differentiates with respect to pred only: "
-                    f"detach {name}, or use backend='reference'"
-                )
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "torch.func and torch.vmap cannot look into this backend of masked_loss: use backend='reference'"
-        )
-    if forward_ad._current_level < 0:
-        return
-    for name in ("pred", "target", "latents", "prior", "mask"):
-        value = getattr(inputs, name)
-        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(
-                f"{name} carries a tangent, but this backend of masked_loss has no forward-mode derivative: "
-                "use backend='reference'"
-            )
