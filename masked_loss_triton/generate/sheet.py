@@ -35,8 +35,8 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
         others = [others[index * len(others) // space] for index in range(space)] if space else []
     cards, images = [], []
     for job in missing + others:
-        # What cannot be read has been told as a problem already.
-        with contextlib.suppress(UserError):
+        # What cannot be read has been told as a problem already, and a mask of another size or length is for `check` to tell.
+        with contextlib.suppress(UserError, ValueError):
             cards.append(_card(job))
             images.append(draw(cards[-1]))
     if cards:

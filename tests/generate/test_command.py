@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from masked_loss_triton.files.locks import LOCK_NAME
+from masked_loss_triton.files.locks import LOCK_NAME, folder_lock
 from masked_loss_triton.generate import grabcut
 from tests.generate.support import contents, generate, subject, write_clip
 
@@ -245,6 +246,24 @@ def test_folders_that_cannot_be_written_are_told_before_the_work_and_never_cost_
     said = capsys.readouterr()
     assert "look.png cannot be written (" in said.err
     assert "1 masks written, 0 without a detection, 1 problems" in said.out
+
+
+def test_two_runs_on_one_folder_take_turns(folder, capsys):
+    save(folder / "in" / "a.png")
+    (folder / "out").mkdir()
+    with contextlib.ExitStack() as release:
+        release.enter_context(folder_lock(folder / "out", "another run"))
+        paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+        command = [sys.executable, "-c", RUN, "generate", *paths, "--backend", "grabcut", "--sheet_limit", "0"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert "waits for another run" in process.stderr.readline()
+            assert not list((folder / "out").glob("*.png"))
+            save(folder / "out" / "a.png")  # what the other run has written until then is there already
+            by_hand = (folder / "out" / "a.png").read_bytes()
+            release.close()
+            assert "0 masks written, 1 already there" in process.stdout.read()
+    assert process.returncode == 0
+    assert (folder / "out" / "a.png").read_bytes() == by_hand
 
 
 def test_large_pictures_are_no_matter_of_warnings(folder, capsys, monkeypatch):
