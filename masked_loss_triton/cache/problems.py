@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place
 from masked_loss_triton.cache.check_pictures import check_source
+from masked_loss_triton.cache.checked import Checked, CheckedDataset, Findings
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
-from masked_loss_triton.cache.kinds import KINDS, Problem, problem
+from masked_loss_triton.cache.kinds import Problem, problem
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.atomic import check_replaceable
 from masked_loss_triton.files.parallel import default_workers, run_parallel
+from masked_loss_triton.files.shard import WHOLE, Shard
 from masked_loss_triton.masks.geometry import frames_per_latent
 from masked_loss_triton.masks.operations import MaskOperations
 from masked_loss_triton.masks.reading import open_image
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """The problems of a dataset, sorted by kind and file, each once; and how many caches were masked with which options."""
-
-    problems: list[Problem]
-    options: collections.Counter[str]
-
-
-def _check_together(prepared: Prepared, caches: list[CacheFindings]) -> list[Problem]:
-    """Returns the problems of the caches of one dataset, with what only all of them together show."""
-    found = check_mixed(prepared, [cache.masked for cache in caches])
-    made_with = {cache.operations for cache in caches if cache.operations is not None}
-    # Nobody said how masks were to be made, and all were made in one way.
-    agreed = prepared.dataset.operations == MaskOperations() and len(made_with) == 1
-    for cache in caches:
-        found += [line for line in cache.problems if not (agreed and line.kind == "options")]
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +44,24 @@ def find_problems(
     advance: Callable[[], object] = lambda: None,
     debug: bool = False,
 ) -> Findings:
-    """Checks the pictures, clips, masks and caches of datasets.
+    """Finds what is wrong with the pictures, clips, masks and caches of datasets. Arguments as for `check_shard`."""
+    return check_shard(prepared, ignore=ignore, workers=workers, advance=advance, debug=debug).findings()
+
+
+def check_shard(
+    prepared: Sequence[Prepared],
+    shard: Shard = WHOLE,
+    *,
+    ignore: Collection[str] = (),
+    workers: int | None = None,
+    advance: Callable[[], object] = lambda: None,
+    debug: bool = False,
+) -> Checked:
+    """Checks the pictures, clips, masks and caches of a shard of datasets.
 
     Args:
-        prepared: the datasets.
+        prepared: the datasets, whole.
+        shard: the part of them that is looked at.
         ignore: names of `KINDS` to leave out.
         workers: threads; None for as many as suit the machine.
         advance: called once for each picture, clip and cache.
@@ -82,26 +80,35 @@ def find_problems(
             kind = "unreadable" if isinstance(item, Source) else "cache"
             return index, [problem(dataset, kind, file, problem_line(error, file, debug))]
 
-    def jobs() -> Iterator[tuple[int, Source | CacheItem]]:
-        for index, dataset in enumerate(prepared):
-            yield from ((index, source) for source in dataset.sources.values())
-            yield from ((index, item) for item in dataset.items)
+    parts = [dataset.part(shard) for dataset in prepared]
 
-    found: list[Problem] = []
-    caches: list[list[CacheFindings]] = [[] for _ in prepared]
+    def jobs() -> Iterator[tuple[int, Source | CacheItem]]:
+        for index, part in enumerate(parts):
+            yield from ((index, source) for source in part.sources.values())
+            yield from ((index, item) for item in part.items)
+
+    checked = [_begun(dataset, shard) for dataset in prepared]
     for index, result in run_parallel(work, jobs(), workers or default_workers()):
         if isinstance(result, CacheFindings):
-            caches[index].append(result)
-        else:
-            found += result
+            checked[index].masked += result.masked
+            checked[index].unmasked += not result.masked
+            if result.operations is not None:
+                checked[index].count_operations(json.dumps(dataclasses.asdict(result.operations)))
+            result = result.problems
+        checked[index].problems += result
         advance()
-    for dataset, results in zip(prepared, caches, strict=True):
-        found += check_lists(dataset) + _check_together(dataset, results)
-    order = {kind: index for index, kind in enumerate(KINDS)}
-    # A mask that several layers or windows share is one problem.
-    unique = {(line.kind, line.file): line for line in found if line.kind not in ignore}
-    every = (str(result.operations) for results in caches for result in results if result.operations is not None)
-    return Findings(sorted(unique.values(), key=lambda line: (order[line.kind], line.file)), collections.Counter(every))
+    pictures, caches = sum(len(part.sources) for part in parts), sum(len(part.items) for part in parts)
+    options = repr((sorted(ignore), [(dataset.dataset, dataset.family.suffixes) for dataset in prepared]))
+    digest = hashlib.sha256(options.encode("utf-8", "backslashreplace")).hexdigest()
+    return Checked(shard, pictures, caches, digest, sorted(ignore), checked)
+
+
+def _begun(prepared: Prepared, shard: Shard) -> CheckedDataset:
+    """What the names in a dataset show to a shard, to which the rest is added."""
+    dataset = prepared.dataset
+    problems = [line for line in check_lists(prepared) if Path(line.file).name in shard]
+    asked = dataset.operations != MaskOperations()
+    return CheckedDataset(dataset.index, str(dataset.cache_directory), asked, problems=problems)
 
 
 def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> CacheFindings:
@@ -225,11 +232,3 @@ def check_lists(prepared: Prepared) -> list[Problem]:
         if cached and stem not in cached:
             found.append(problem(prepared, "uncached", source.targets[0], "run the trainer's caching script"))
     return found
-
-
-def check_mixed(prepared: Prepared, masked: list[bool]) -> list[Problem]:
-    """Returns one problem when some caches of a dataset have weights and others have none."""
-    if not any(masked) or all(masked):
-        return []
-    counts = f"{sum(masked)} of {len(masked)} caches have weights: run masked-loss cache"
-    return [problem(prepared, "mixed", prepared.dataset.cache_directory, counts)]
