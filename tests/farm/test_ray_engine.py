@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import os
+import pickle
+import time
 
 import pytest
 
+from masked_loss_triton import __version__
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files import ray_engine
 from masked_loss_triton.files.ray_engine import RETRIES, run_ray
@@ -83,3 +87,58 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
         list(run_ray(functools.partial(make, "well", tmp_path), JOBS, lost))
     assert caught.value.exit_status == 2
     assert os.listdir(tmp_path) == []
+
+
+def note(path, word):
+    with open(path, "a") as file:
+        file.write(word)
+
+
+@contextlib.contextmanager
+def noted_guard(path, job):
+    note(path, "(")
+    yield
+    note(path, ")")
+
+
+def noted_worker(path):
+    return functools.partial(note, path)
+
+
+def an_actor(path):
+    functions = functools.partial(noted_worker, path), functools.partial(noted_guard, path)
+    return ray_engine.Actor(pickle.dumps(functions), os.getcwd(), __version__)
+
+
+def test_a_worker_works_only_inside_its_guard(tmp_path):
+    actor = an_actor(tmp_path / "log")
+    for job in "ab":
+        assert actor._answer(pickle.dumps(job))[0] == "outcome"
+    assert (tmp_path / "log").read_text() == "(a)(b)"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+def test_a_worker_whose_ray_is_dead_begins_nothing(tmp_path):
+    """It may be waiting for the lock, or for its next job, when the command and its Ray are killed."""
+    log = tmp_path / "log"
+    raylet = os.fork()
+    if raylet == 0:
+        if os.fork() == 0:
+            actor = an_actor(log)
+            (tmp_path / "ready").touch()
+            parent = os.getppid()
+            while os.getppid() == parent:
+                time.sleep(0.005)
+            note(log, "orphan ")
+            actor._answer(pickle.dumps("a"))
+            note(log, "worked")
+            os._exit(0)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.005)
+        os._exit(0)
+    os.waitpid(raylet, 0)
+    deadline = time.monotonic() + 20
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert log.read_text() == "orphan "
