@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from masked_loss_triton.cache.dataset import load_datasets
 from masked_loss_triton.cache.families import FAMILIES
-from masked_loss_triton.cache.inject import inject, prepare
+from masked_loss_triton.cache.inject import inject_all, prepare
 from masked_loss_triton.demo.encoder import encode
 from masked_loss_triton.demo.output import write_tensors
 from masked_loss_triton.demo.photos import Photo, Warn
@@ -108,11 +108,9 @@ def add_masks(folder: Path, side: int) -> None:
         config = Path(place) / "dataset.json"
         config.write_text(json.dumps({"general": general, "datasets": [entry]}), encoding="utf-8")
         (dataset,) = load_datasets(config)
-    prepared = prepare(dataset, FAMILIES["wan"])
-    for job in prepared.jobs():
-        for outcome in inject(prepared, job, dtype="float32"):
-            if outcome.status == "problem":
-                raise UserError(outcome.message)
+    for outcome in inject_all([prepare(dataset, FAMILIES["wan"])], dtype="float32"):
+        if outcome.status == "problem":
+            raise UserError(outcome.message)
 
 
 def read_caches(folder: Path, device: torch.device) -> Examples:
