@@ -121,7 +121,7 @@ class Call:
 
 
 def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, *, filled: bool = True) -> Call:
-    """Tensors for a case. `filled=False` leaves them uninitialised: for tools that look at shapes and strides only."""
+    """Tensors for a case. `filled=False` leaves all but the mask uninitialised: for tools that look at shapes and strides only."""
     generator = torch.Generator(device=device).manual_seed(seed) if filled else None
 
     def latents(dtype: torch.dtype, requires_grad: bool = False) -> torch.Tensor:
@@ -151,7 +151,7 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, *, fill
 
 
 def _mask(case: Case, device: Any, generator: torch.Generator | None) -> torch.Tensor | None:
-    """A soft mask with areas that are exactly 0 and 1, as drawn and feathered masks have; uninitialised without a generator."""
+    """A soft mask with areas that are exactly 0 and 1, as drawn and feathered masks have; zeros without a generator."""
     if case.mask == "none":
         return None
     batch, _, frames, *size = case.shape
@@ -161,7 +161,9 @@ def _mask(case: Case, device: Any, generator: torch.Generator | None) -> torch.T
         size = list(LATENTS[case.latents].pixel_size)
     if generator is None:
         dtype = torch.uint8 if case.mask.endswith("uint8") else torch.float32
-        return torch.empty((batch, frames, *size), dtype=dtype, device=device)
+        return torch.zeros(
+            (batch, frames, *size), dtype=dtype, device=device
+        )  # in [0, 1], which is looked at on the CPU
     soft = torch.rand((batch, frames, *size), generator=generator, device=device)
     mask = (2 * soft - 0.5).clamp(0, 1)
     return (mask * 255).round().to(torch.uint8) if case.mask.endswith("uint8") else mask

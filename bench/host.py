@@ -44,7 +44,7 @@ def microseconds(work: Callable[[], Any], rounds: int, calls: int = 100) -> floa
 
 
 def _dropped(self: JITFunction, *_: Any, **__: Any) -> None:
-    """In place of `JITFunction.run`: no dispatch at all."""
+    """Does nothing, in place of `JITFunction.run`: no dispatch at all."""
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def _binder(kernel: JITFunction) -> tuple[Callable[..., Any], dict[Any, Any]]:
 
 
 def _looked_up(self: JITFunction, *arguments: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
-    """In place of `JITFunction.run`: what the JIT does to find the compiled kernel, and no launch."""
+    """Looks up a kernel, in place of `JITFunction.run`: what the JIT does to find the compiled kernel, and no launch."""
     bind, keys = _binder(self)
     _, specialization, options = bind(*arguments, **keywords, debug=False, instrumentation_mode="")
     compute_cache_key(keys, specialization, options)

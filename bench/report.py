@@ -59,7 +59,7 @@ def markdown(rows: Rows, columns: Sequence[str]) -> str:
 
 
 def with_speed(rows: Rows) -> Rows:
-    """Rows of part "both", each beside the best eager recipe and the floor of its case."""
+    """The rows of part "both", each beside the best eager recipe and the floor of its case."""
     both = [row for row in rows if row["part"] == "both"]
     result = []
     for row in both:

@@ -91,7 +91,7 @@ def loss_kernel(
     normalization,
     OPTIONS: tl.constexpr,
 ):
-    """Grid (tiles of positions, groups of channels, B). A program keeps the weights of its positions over its channels."""
+    """Writes gradient and loss; grid (tiles of positions, groups of channels, B). A program keeps its weights over its channels."""
     VECTOR: tl.constexpr = OPTIONS.VECTOR
     CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
@@ -116,8 +116,7 @@ def loss_kernel(
     s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
     if grad_output_ptr is not None:
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
-        s = s * grad_output
-        r = r * grad_output
+        s, r = s * grad_output, r * grad_output
 
     weight_positions = grid_positions
     if OPTIONS.ONE_FRAME:
@@ -210,25 +209,24 @@ class LossLaunch:
 
     @classmethod
     def choose(cls, batch: int, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
-        channels, positions = walk.channels, walk.positions
         vector = 16 // max(walk.itemsize, 2 if walk.flat else 4)
         if walk.channels_innermost:
-            block_c = min(32, next_power_of_2(channels))
+            block_c = min(32, next_power_of_2(walk.channels))
             block_p = max(16, 128 * 16 // block_c)
         else:
             block_p = 128 * vector
-            while block_p > 128 and block_p // 2 >= positions:
+            while block_p > 128 and block_p // 2 >= walk.positions:
                 block_p //= 2
-            block_c = min(16 // vector, next_power_of_2(channels))
-        all_blocks = ceil_div(channels, block_c)
-        programs = ceil_div(positions, block_p) * batch
+            block_c = min(16 // vector, next_power_of_2(walk.channels))
+        all_blocks = ceil_div(walk.channels, block_c)
+        programs = ceil_div(walk.positions, block_p) * batch
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
         registers = (cls.with_prior if has_prior else cls.without_prior) if walk.flat else cls.scattered
         return cls(vector, block_p, block_c, ceil_div(all_blocks, groups), registers)
 
     def options(self) -> dict[str, int]:
-        """Of the launch. Without the limit, ptxas may spill registers for an occupancy that nobody needs."""
+        """Options of the launch. Without the limit, ptxas may spill registers for an occupancy that nobody needs."""
         # Only the CUDA compiler knows the option; AMD's multiprocessors have twice the registers.
         limit = {} if torch.version.hip else dict(maxnreg=self.registers)
         return dict(num_warps=self.num_warps, **limit)

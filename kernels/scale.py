@@ -14,7 +14,7 @@ from masked_loss_triton.backend.layout import ceil_div
 
 @triton.jit
 def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
-    """gradient *= grad_output, in place; where that is 1, as in every plain `loss.backward()`, one load and nothing else."""
+    """Multiplies the gradient by grad_output in place; where that is 1, as after `loss.backward()`, one load and nothing else."""
     grad_output = tl.load(grad_output_ptr).to(tl.float32)
     if grad_output != 1.0:
         index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -36,7 +36,7 @@ class ScaleLaunch:
 
 
 def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
-    """gradient *= grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
+    """Multiplies the gradient by grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
     launch, count = ScaleLaunch(), gradient.numel()
     scale_kernel[(ceil_div(count, launch.block),)](
         gradient, grad_output, count, BLOCK=launch.block, num_warps=launch.num_warps

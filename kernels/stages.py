@@ -74,7 +74,7 @@ class Resampling(NamedTuple):
 
 @triton.jit
 def read(value):
-    """Stage 0. `where` and not minimum / maximum: NaN passes through."""
+    """Reads a mask value, stage 0. `where` and not minimum / maximum: NaN passes through."""
     if value.dtype == tl.uint8:
         value = tl.math.div_rn(value.to(tl.float32), 255.0)
     value = value.to(tl.float32)
@@ -156,7 +156,7 @@ def axis_window(index, size_in, size_out, scale, OPTIONS: tl.constexpr):
 
 @triton.jit
 def resampled(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
-    """Stages 0 and 1: the mask at the positions of the loss. Each mask value is read once per position that averages it.
+    """The mask at the positions of the loss, stages 0 and 1. Each mask value is read once per position that averages it.
 
     Rows, columns and frames are summed separately: the rounding error grows with each sum's own length.
 
@@ -224,7 +224,7 @@ def averaged(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
 
 @triton.jit
 def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr):
-    """Stages 0 to 2 by the shortest way: FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
+    """The raw mask, stages 0 to 2. FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
     at = split_position(position, grid[1], grid[2])
     if OPTIONS.FLAT:
         m = read(tl.load(mask_ptr + position, mask=valid, other=0))
@@ -237,7 +237,7 @@ def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr
 
 @triton.jit
 def binarized_and_inverted(m, stages, OPTIONS: tl.constexpr):
-    """The end of stage 1, and stage 2."""
+    """The raw mask after the end of stage 1 and stage 2."""
     if stages.binarize is not None:
         m = tl.where(m > stages.binarize, 1.0, 0.0)
     if OPTIONS.INVERT:
@@ -247,7 +247,7 @@ def binarized_and_inverted(m, stages, OPTIONS: tl.constexpr):
 
 @triton.jit
 def gaussian_tap(distance, exponent, norm):
-    """Stage 3: the weight of a neighbour. Computed and not loaded: a tensor of taps would have to come from the host."""
+    """The weight of a neighbour in the blur, stage 3; computed, since a tensor of taps would have to come from the host."""
     return norm * tl.exp2(exponent * (distance * distance))
 
 
@@ -262,7 +262,7 @@ def power(x, exponent):
 def target_and_prior_weight(
     raw, blurred, prior_gate, mask_gate, stages, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr
 ):
-    """Stages 4 to 7, the snap before them included: (w, v)."""
+    """(w, v): stages 4 to 7, the snap before them included."""
     w = tl.where(blurred <= SNAP, 0.0, blurred)
     w = tl.where(w >= 1.0 - SNAP, 1.0, w)
     if stages.gamma is not None:
@@ -305,7 +305,7 @@ def sample_gates(gates, b):
 
 @triton.jit
 def error_and_slope(d, delta, OPTIONS: tl.constexpr):
-    """Stage 8: (rho(d), rho'(d)) of backend/formulas.py, written so that rho shares the work of rho'."""
+    """(rho(d), rho'(d)), stage 8, as in backend/formulas.py, written so that rho shares the work of rho'."""
     if OPTIONS.LOSS_TYPE == "mse":
         return d * d, 2.0 * d
     elif OPTIONS.LOSS_TYPE == "l1":

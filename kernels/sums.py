@@ -104,7 +104,7 @@ def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: t
 
 @triton.jit
 def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr):
-    """Stage 9: the factors (s, r) of sample b, that its weighted errors to target and prior are multiplied by.
+    """The factors (s, r) of sample b, stage 9, that its weighted errors to target and prior are multiplied by.
 
     Args:
         partials_ptr: (PLANES, B, tiles). sample: `Sample`. shape: (B, C, F, H, W). norm: `Normalization`.

@@ -101,7 +101,7 @@ def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, OPTIONS: tl.constexpr)
 
 @triton.jit
 def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
-    """Stage 3 over height and width of a contiguous raw mask, borders replicated."""
+    """Blurs a contiguous raw mask over height and width, stage 3, borders replicated."""
     KERNEL_SIZE: tl.constexpr = OPTIONS.KERNEL_SIZE
     frame, row, column = split_position(position, grid[1], grid[2])
     total = tl.zeros(position.shape, tl.float32)
@@ -132,7 +132,7 @@ def weights_kernel(
 ):
     """Writes the weights if asked, and the partial sums of each tile; grid (tiles, B). A mask of one frame has weights of one.
 
-    Sums over tiles are left to whoever reads them: a few dozen numbers, added in a fixed order, without atomics.
+    Sums over tiles are left to their readers: a few dozen numbers, added in a fixed order, without atomics.
     """
     BLOCK: tl.constexpr = OPTIONS.BLOCK
     HAS_PRIOR: tl.constexpr = OPTIONS.HAS_PRIOR

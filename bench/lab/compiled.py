@@ -66,7 +66,7 @@ def widths(counts: dict[str, collections.Counter[int]]) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [
         "| variant | kernel | target | registers | spills | local | shared | occupancy | instructions | loads | stores |"
     ]
@@ -87,7 +87,7 @@ FEW_VARIANTS = (
 
 
 def rows(full: bool) -> list[dict[str, Any]]:
-    """Of the report, on all targets."""
+    """Rows of the report, on all targets."""
     plain = []
     for row in report(VARIANTS if full else FEW_VARIANTS, DEVICES):
         texts = dict(grid="x".join(map(str, row.grid)), loads=widths(row.code.loads), stores=widths(row.code.stores))

@@ -105,7 +105,7 @@ def shortened(case: Case) -> Case:
 
 
 def run(name: str, case: Case) -> Result:
-    """One forward and backward with upstream gradient 1, as `loss.backward()` gives."""
+    """Executes one forward and backward with upstream gradient 1, as `loss.backward()` gives."""
     from bench.lab.emulator import machine
     from bench.lab.launches import Launch, fused_loss, multiprocessors, recorded
 
@@ -175,7 +175,7 @@ def _gradient_error(gradient: torch.Tensor, truth: torch.Tensor, size: torch.Ten
 
 
 class _poisoned_outputs:
-    """`torch.empty` and `empty_like` give NaN inside, so that an element nobody wrote is seen."""
+    """Makes `torch.empty` and `empty_like` give NaN inside, so that an element nobody wrote is seen."""
 
     def __enter__(self) -> None:
         self.originals = torch.empty, torch.empty_like
@@ -217,7 +217,7 @@ def table(results: Iterator[Result] | list[Result]) -> Iterator[str]:
 
 
 def rows(full: bool) -> list[dict[str, Any]]:
-    """Of the report: every case, shortened; none where there is no emulator, which is said."""
+    """Rows of the report: every case, shortened; none where there is no emulator, which is said."""
     if reason := why_unavailable():
         print(f"no emulator, so no rows from executed code: {reason}")
         return []

@@ -50,7 +50,7 @@ class Finding:
 
 
 def write_cubins(folder: pathlib.Path, variants: Iterable[str], targets: Iterable[str]) -> int:
-    """One cubin per distinct kernel, named after the first variant that needs it; how many."""
+    """Writes one cubin per distinct kernel, named after the first variant that needs it; returns how many."""
     seen: set[int] = set()
     for variant in variants:
         call = build(VARIANTS[variant], filled=False)
@@ -65,7 +65,7 @@ def write_cubins(folder: pathlib.Path, variants: Iterable[str], targets: Iterabl
 
 
 def _assemble(ptx: str, cubin: pathlib.Path) -> None:
-    """With the ptxas of CUDA 13, which Triton itself uses from sm_100 on: cuxray cannot follow what older ones write."""
+    """Assembles with the ptxas of CUDA 13, which Triton itself uses from sm_100 on: cuxray cannot follow what older ones write."""
     source = cubin.with_suffix(".ptx")
     source.write_text(with_true_lines(ptx))
     architecture = re.search(r"\.target\s+(sm_\w+)", ptx)

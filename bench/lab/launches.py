@@ -143,7 +143,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _detached(value: Any) -> Any:
-    """Aliases: autograd copies a gradient instead of giving it away while somebody else holds the same tensor."""
+    """Makes aliases: autograd copies a gradient instead of giving it away while somebody else holds the same tensor."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     if hasattr(value, "_make"):

@@ -50,7 +50,7 @@ class Entry:
 
 
 def count(work: Callable[[], torch.Tensor]) -> Counts:
-    """Forward and backward. The upstream gradient is there: that `loss.backward()` makes one costs every loss alike."""
+    """Counts forward and backward. The upstream gradient is there: that `loss.backward()` makes one costs every loss alike."""
     with Counting() as counts:
         loss = work()
         with _disable_current_modes():
@@ -67,14 +67,14 @@ def of_recipe(name: str, case: Case) -> Counts:
 
 
 def of_torch_backend(case: Case) -> Counts:
-    """As on a GPU without Triton. Called below `masked_loss`, which asks about autocast, unknown to the meta device."""
+    """Counts the torch backend. Called below `masked_loss`, which asks about autocast, unknown to the meta device."""
     call = build(case, "meta", filled=False)
     inputs = describe(call.pred, call.target, call.mask, call.config, layout=call.layout, **call.keywords)
     return count(lambda: closed_form.loss(inputs, call.config, False)[0])
 
 
 def of_kernels(case: Case, multiprocessors: int = 132) -> Counts:
-    """The triton backend, on a device with so many multiprocessors."""
+    """Counts the triton backend, on a device with so many multiprocessors."""
     from bench.lab import launches
 
     call: Call = build(case, "meta", filled=False)
@@ -103,7 +103,7 @@ def entry(name: str, case: Case, counts: Counts, executed: float | None = None) 
 
 
 def ledger(case: Case, emulated: bool = False) -> Iterator[Entry]:
-    """Every recipe that takes what the case has, then ours."""
+    """Entries of every recipe that takes what the case has, then ours."""
     for name, recipe in RECIPES.items():
         if recipe.takes_prior == case.prior:
             yield entry(name, case, of_recipe(name, case))
@@ -131,7 +131,7 @@ def table(entries: list[Entry]) -> str:
 
 
 def rows(full: bool) -> list[dict[str, Any]]:
-    """Of the report: the entries of the usual cases, or of more."""
+    """Rows of the report: the entries of the usual cases, or of more."""
     from bench.lab.emulate import why_unavailable
 
     entries: list[Entry] = []

@@ -96,7 +96,7 @@ def _to_bytes(wave: Wave, data: int, width: int, part: str) -> np.ndarray:
 
 
 def _from_bytes(wave: Wave, data: int, values: np.ndarray, part: str, active: np.ndarray) -> None:
-    """Into registers of the active lanes; less than a register is extended, or takes one half of it."""
+    """Writes registers of the active lanes; less than a register is extended, or takes one half of it."""
     width = values.shape[1]
     if width >= 4:
         words = np.ascontiguousarray(values).view(np.uint32)

@@ -75,7 +75,7 @@ class Machine:
         return Counted(self.executed, self.memory.traffic())
 
     def _placed_arguments(self, grid: tuple[int, ...]) -> int:
-        """The address of the arguments, laid out as the code's metadata say."""
+        """Places the arguments and returns their address, laid out as the code's metadata say."""
         described = self.code.arguments
         slots = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", described)
         block = bytearray(self.code.descriptor.kernarg_size)
@@ -96,7 +96,7 @@ class Machine:
         return place
 
     def _run_group(self, place: int, x: int, y: int, z: int) -> None:
-        """One work group: a wave runs to a barrier or to its end, then the next."""
+        """Runs one work group: a wave runs to a barrier or to its end, then the next."""
         ctypes.memset(self.shared._buf.va_addr, 0, self.shared.nbytes)
         threads = self.metadata.num_warps * LANES
         waves = [self._wave(place, first, threads, (x, y, z)) for first in range(0, threads, LANES)]

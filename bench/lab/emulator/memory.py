@@ -25,7 +25,7 @@ class Traffic:
     distinct: int = 0  # asked for at least once
 
     def __add__(self, other: Traffic) -> Traffic:
-        """Of two launches."""
+        """The traffic of two launches."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Traffic(*(mine + others for mine, others in pairs))
 
@@ -50,7 +50,7 @@ class Memory:
         self._traffic = [Traffic() for _ in self.names]
 
     def traffic(self) -> dict[str, Traffic]:
-        """Of each tensor that was touched."""
+        """The traffic of each tensor that was touched."""
         for traffic, touched in zip(self._traffic, self._touched, strict=True):
             traffic.distinct = int(touched.sum())
         named = zip(self.names, self._traffic, strict=True)
@@ -91,7 +91,7 @@ class Memory:
         return owners
 
     def load(self, addresses: np.ndarray, width: int, owners: np.ndarray) -> np.ndarray:
-        """(lanes, width) bytes."""
+        """The (lanes, width) bytes at these addresses."""
         values = np.zeros((len(addresses), width), np.uint8)
         for index in np.unique(owners):
             mine = owners == index
@@ -99,7 +99,7 @@ class Memory:
         return values
 
     def store(self, addresses: np.ndarray, values: np.ndarray, owners: np.ndarray) -> None:
-        """Of (lanes, width) bytes; a later lane wins where two write the same place."""
+        """Writes (lanes, width) bytes; a later lane wins where two write the same place."""
         for index in np.unique(owners):
             mine, width = owners == index, values.shape[1]
             self.views[index][(addresses[mine] - self.starts[index])[:, None] + np.arange(width)] = values[mine]
