@@ -2,7 +2,7 @@
 some of the tokens, and measured with all of them.
 
     python -m bench.routing                      # five seeds of the small model: 144 tokens, 96 channels, 4 of 6 blocks routed
-    python -m bench.routing --model large        # 1,024 tokens, 256 channels, 6 of 8 blocks routed
+    python -m bench.routing --model large        # 1,024 tokens, 192 channels, 4 of 6 blocks routed
     python -m bench.routing --report             # the table and the curves of what is in the CSV
 
 Every arm of a seed starts from the same base model and LoRA and sees the same batches, noise and times; the arms take turns step by
@@ -31,23 +31,23 @@ from masked_loss_triton.demo import dataset, model, photos, tuning
 from masked_loss_triton.demo.evaluation import Test
 from masked_loss_triton.routing import routed
 
-CHECKPOINTS = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One model and its data: pixels of a side, changes to the demo's model, pictures in a batch, steps of base and LoRA."""
+    """One model and its data: pixels of a side, changes to the demo's model, pictures in a batch, steps of base and LoRA, how
+    often the LoRA is measured."""
 
     side: int
     model: dict[str, Any]
     batch: int
     base_steps: int
     steps: int
+    checkpoints: int
 
 
 SIZES = {
-    "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120),
-    "large": Size(512, {"num_layers": 8, "attention_head_dim": 64, "ffn_dim": 1024}, 1, 60, 96),
+    "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120, 4),
+    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 1),
 }
 
 
@@ -92,19 +92,19 @@ class Trainee:
         self.draws = tuning.draws(subjects, self.steps, seed)
         self.step, self.seconds = 0, 0.0
 
-    def advance(self, batch: int) -> None:
+    def advance(self) -> None:
         start = time.process_time()
         rate = tuning.LORA_LEARNING_RATE * min((self.step + 1) / tuning.WARM_UP, (1 - self.step / self.steps) * 1.25, 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.loss(next(self.draws), batch).backward()
+        self.loss(next(self.draws)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.seconds += time.process_time() - start
 
-    def loss(self, draw: tuning.Draw, batch: int) -> torch.Tensor:
-        index, noise, level = draw.index[:batch], draw.noise[:batch], draw.time[:batch]
+    def loss(self, draw: tuning.Draw) -> torch.Tensor:
+        index, noise, level = draw.index, draw.noise, draw.time
         assert self.subjects.masks is not None
         latents, mask, text = self.subjects.latents[index], self.subjects.masks[index].unsqueeze(2), self.text[index]
         noisy = tuning.noisy_latents(latents, noise, level)
@@ -116,10 +116,10 @@ class Trainee:
             pred = model.predict(self.model, noisy, level, text)
         return weights.loss(pred, FlowTarget(noise, latents), prior=prior, backend="torch")
 
-    def operations(self, draw: tuning.Draw, batch: int) -> int:
+    def operations(self, draw: tuning.Draw) -> int:
         """Floating point operations of forward and backward."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.loss(draw, batch).backward()
+            self.loss(draw).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
@@ -128,6 +128,7 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """All arms of one seed: a row for each arm and checkpoint."""
     size, device = SIZES[name], torch.device("cpu")
     model.MODEL_CONFIG.update(size.model)
+    tuning.BATCH = size.batch
     with tempfile.TemporaryDirectory() as folder:
         dataset.make_dataset(photos.shipped_photos(), Path(folder), size.side, print)
         subjects = dataset.read_caches(Path(folder), device)
@@ -136,7 +137,7 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     tuning.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
     test = Test(base.eval(), subjects)
     draw = next(tuning.draws(subjects, 1, seed))
-    counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw, size.batch) for arm in arms}
+    counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw) for arm in arms}
     full = {prior: counts[Arm(prior=prior)] for prior in (False, True)}
     trainees = [Trainee(arm, base, subjects, size, seed, counts[arm] / full[arm.prior]) for arm in arms]
     rows = []
@@ -144,8 +145,8 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         for trainee in trainees:
             if round_ > trainee.steps:
                 continue
-            trainee.advance(size.batch)
-            if round_ % max(1, trainee.steps // CHECKPOINTS) and round_ != trainee.steps:
+            trainee.advance()
+            if round_ % max(1, trainee.steps // size.checkpoints) and round_ != trainee.steps:
                 continue
             scores = test.score(trainee.model.eval())
             trainee.model.train()

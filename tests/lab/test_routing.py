@@ -53,6 +53,36 @@ def test_nothing_is_learned_outside_and_at_dropped_tokens(laboratory, family, tm
         assert step["inside"] > 0
 
 
+GOES_WITH = {
+    "LoHa": ("--network_module", "networks.loha"),
+    "LoKr": ("--network_module", "networks.lokr"),
+    "fp8": ("--fp8_base", "--fp8_scaled"),
+    "compiled blocks": ("--compile", "--compile_backend", "eager"),
+    "accumulation": ("--gradient_accumulation_steps", "2", "--mask_normalize_across", "accumulation"),
+}
+
+
+@pytest.mark.parametrize("what", GOES_WITH)
+def test_it_goes_with(laboratory, what):
+    """All tokens through the hooks is the unrouted run; half of them trains."""
+    root = laboratory.cache("wan", "masks", ("img0", "img2"))
+    flags = GOES_WITH[what]
+    given = {"batch_size": 1, "steps": 2}
+    plain = laboratory.train("wan", root, "--use_mask_loss", *flags, **given)
+    hooks = ("every_token_through_the_hooks",)
+    every = laboratory.train("wan", root, *HALF, BLOCKS["wan"], *flags, hooks=hooks, **given)
+    half = laboratory.train("wan", root, *HALF, BLOCKS["wan"], *flags, **given)
+    assert plain.lora == every.lora != half.lora
+
+
+def test_two_processes_draw_tokens_of_their_own(laboratory):
+    root = laboratory.cache("wan", "masks", ("img0", "img2"))
+    flags = [*HALF, BLOCKS["wan"], "--mask_normalize_across", "world"]
+    run = laboratory.train("wan", root, *flags, processes=2, batch_size=1, hooks=("frozen_model_on_cpu",))
+    assert run.status == 0, run.output[-3000:]
+    assert len(run.lora) == 64
+
+
 def test_the_trainers_models_equal_the_oracle(musubi):
     """WAN 2.1 and 2.2, text and picture to video; HunyuanVideo; Qwen-Image, edit, layered: to 2e-6 in float32, 1e-12 in float64."""
     command = [sys.executable, "-m", "tests.lab.routed_models"]
