@@ -87,6 +87,10 @@ class MaskOptions:
         1.0, "share of the training after which every token is computed everywhere, in (0, 1]"
     )
     mask_routing_grow: int = _option(1, "patches by which the mask is widened for this; >= 0")
+    mask_cross_attention: bool = _option(
+        False,
+        "WAN: what cross-attention hears in the text is weighted by the mask, so that words train the subject alone",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -131,6 +135,11 @@ class MaskOptions:
         blocks = self.routed_blocks
         if blocks is not None and blocks[0] > blocks[1]:
             raise _refused("mask_routing_blocks", "must be FIRST-LAST", self.mask_routing_blocks)
+        if self.mask_cross_attention and self.prior_on:
+            raise UserError(
+                "--mask_cross_attention silences the text outside, where the teacher of --inverted_mask_prior hears it: drop one",
+                2,
+            )
         if self.mask_routing < 1 and self.mask_area_scale_beta:
             raise UserError(
                 "--mask_area_scale_beta scales by the whole mask, and --mask_routing trains a part of it: drop one", 2

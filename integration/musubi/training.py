@@ -15,6 +15,7 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing import Routing
+from masked_loss_triton.integration.musubi.routing.cross_attention import CrossAttentionGate
 from masked_loss_triton.integration.musubi.teacher import Teacher, adapters_of
 from masked_loss_triton.integration.musubi.window import Window
 from masked_loss_triton.routing import RoutedWeights
@@ -93,6 +94,7 @@ class MaskedTraining:
         self.teacher: Teacher | None = None
         self.routing: Routing | None = None
         self._routed: RoutedWeights | None = None
+        self._gate: CrossAttentionGate | None = None
         self._seed: int | None = None
         self._saved_average: dict[str, torch.Tensor] = {}
         self._stepped = False
@@ -127,6 +129,8 @@ class MaskedTraining:
             if self.options.prior_on:
                 self._plan_prior(step, args, timesteps)
             self._plan_routing(step, args, accelerator)
+        if self._gate is not None:
+            self._gate.plan(step.mask, self.config, step.positions, step.routed)
         self.step += 1
         self.taught += step.needs_teacher
         self._stepped = accelerator.sync_gradients
@@ -147,6 +151,8 @@ class MaskedTraining:
                 self.teacher.load(self._saved_average)
         if self.options.mask_routing < 1:
             self.routing = Routing(self.options, model, self._seed)
+        if self.options.mask_cross_attention:
+            self._gate = CrossAttentionGate(model)
         trained = [value for adapter in adapters_of(model).values() for value in adapter.parameters()]
         self._window = Window(self.options.mask_normalize_across, accelerator, self.config, trained)
 

@@ -75,6 +75,18 @@ def test_it_goes_with(laboratory, what):
     assert plain.lora == every.lora != half.lora
 
 
+def test_cross_attention_gated_by_a_white_mask_is_the_ungated_run(laboratory):
+    white, masks = (laboratory.cache("wan", name) for name in ("masks_white", "masks"))
+    gated = ["--use_mask_loss", "--mask_cross_attention"]
+    assert laboratory.train("wan", white, *gated).lora == laboratory.train("wan", white, *gated[:1]).lora
+    plain, checkpointed = (
+        laboratory.train("wan", masks, *gated),
+        laboratory.train("wan", masks, *gated, "--gradient_checkpointing"),
+    )
+    assert plain.lora != laboratory.train("wan", masks, *gated[:1]).lora
+    assert plain.losses == pytest.approx(checkpointed.losses, rel=1e-3)
+
+
 def test_two_processes_draw_tokens_of_their_own(laboratory):
     root = laboratory.cache("wan", "masks", ("img0", "img2"))
     flags = [*HALF, BLOCKS["wan"], "--mask_normalize_across", "world"]

@@ -39,7 +39,7 @@ def test_the_number_kept_depends_on_keep_alone():
     for keep, count in ((1.0, 96), (0.75, 72), (0.5, 48), (0.26, 25), (1e-9, 1)):
         for w in (weights(), torch.ones(1, 2, 12, 16), weights((0, 0, 3, 5))):
             assert choose(Router(keep=keep), w)[0].index.shape == (1, count)
-    assert Router(keep=0.1).count(30) == 3  # and not 4, as 0.1 x 30 in floating point would have it
+    assert Router(keep=0.07).count(100) == 7  # and not 8, as 0.07 x 100 in floating point would have it
 
 
 def test_a_patch_with_any_weight_is_kept_and_its_neighbours_before_the_background():

@@ -19,12 +19,14 @@ from tests.support.caches import caches
 
 HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks", "0-1")
 NAMES = ("wan", "hv", "qwen")
+LAYOUT_OF = models.layout_of
 
 
 @pytest.fixture(autouse=True)
 def _diffusers_models(monkeypatch):
     """The small trainer's models are those of diffusers."""
     monkeypatch.setattr(routing, "layout_of", diffusers.layout_of)
+    monkeypatch.setattr(models, "layout_of", diffusers.layout_of)
     monkeypatch.setattr(small_trainer.sai_model_spec, "build_metadata", small_trainer.sai_model_spec.build_metadata)
 
 
@@ -141,6 +143,41 @@ def test_steps_draw_other_tokens_and_the_same_step_the_same(labs):
         assert not torch.equal(index(3), other)
 
 
+GATED = ("--use_mask_loss", "--mask_cross_attention")
+
+
+def test_cross_attention_is_gated_by_the_mask_and_exact_where_it_is_white(labs, tmp_path):
+    white = caches(tmp_path, "wan", "white", stems="abce")
+    assert_same(trained("method", white, *GATED), trained("method", white, "--use_mask_loss"))
+    plain, gated = trained("method", labs["wan"], "--use_mask_loss"), trained("method", labs["wan"], *GATED)
+    assert plain.losses[0] != gated.losses[0]
+    with mock.patch("masked_loss_triton.routing.Router.count", lambda router, tokens: tokens):
+        assert_same(trained("method", labs["wan"], *GATED, *HALF[1:]), gated)
+    assert trained("method", labs["wan"], *GATED, *HALF[1:]).losses != gated.losses
+
+
+def test_what_the_gate_lets_through_is_the_weight_of_the_token(labs):
+    """The text's part of the first block: 0 outside, as it is where the weight is 1; nothing is gated without a gradient."""
+    trainer = trained("method", labs["wan"], *GATED, batch_size=1)
+    step, _ = trainer.output.extra["masked_loss"]
+    attention = trainer.transformer.blocks[0].attn2
+    x = torch.randn(1, 64, attention.inner_dim)
+    text = torch.randn(1, 5, attention.inner_dim)
+    with torch.no_grad():
+        every = attention(x, text)
+    gated = attention(x, text).detach()
+    weight = torch.nn.functional.max_pool3d(step.mask.float(), (1, 2, 2)).flatten(1)
+    assert (weight == 0).any()
+    assert (weight == 1).any()
+    assert (gated[weight == 0] == 0).all()
+    assert torch.equal(gated[weight == 1], every[weight == 1])
+
+
+def test_models_without_cross_attention_refuse_the_gate(labs):
+    with pytest.raises(UserError, match="needs a model with a cross-attention"):
+        trained("method", labs["qwen"], *GATED)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -151,6 +188,7 @@ def test_steps_draw_other_tokens_and_the_same_step_the_same(labs):
         ({"mask_routing_blocks": "3"}, "--mask_routing_blocks must be FIRST-LAST, as 2-37"),
         ({"mask_routing_blocks": "5-3"}, "--mask_routing_blocks must be FIRST-LAST"),
         ({"mask_routing": 0.5, "mask_area_scale_beta": 1.0}, "--mask_area_scale_beta scales by the whole mask"),
+        ({"mask_cross_attention": True, "inverted_mask_prior": True}, "--mask_cross_attention silences the text"),
         (
             {"mask_routing": 0.5, "mask_normalize_across": "world", "inverted_mask_prior": True},
             "--mask_normalize_across world with --mask_routing",
@@ -174,7 +212,7 @@ def test_blocks_and_models_that_are_not_there_are_refused(labs):
     ):
         trained("method", labs["wan"], *flags)
     with pytest.raises(UserError, match="not Linear"):
-        models.layout_of(torch.nn.Linear(1, 1))
+        LAYOUT_OF(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("dropped", [0, 5])
