@@ -44,6 +44,12 @@ BAD = [
     ("prior_decay_timestep_start", 0.0, "must be in [0.001, 1000]"),
     ("prior_warmup_ratio", -0.1, "must be in [0, 1]"),
     ("mask_normalize_across", "all", "must be one of rank, world, accumulation"),
+    ("mask_routing", 0.0, "must be in (0, 1], got 0.0"),
+    ("mask_routing_until", 1.5, "must be in (0, 1]"),
+    ("mask_routing_background", 1.0, "must be in [0, 1)"),
+    ("mask_routing_grow", -1, "must be >= 0"),
+    ("mask_routing_blocks", "3", "must be FIRST-LAST, as 2-37"),
+    ("mask_routing_blocks", "5-3", "must be FIRST-LAST"),
     ("mask_gamma", "0.5", "must be a number, got '0.5'"),  # from a configuration file
     ("invert_mask", "yes", "must be true or false"),
     ("mask_blur_kernel_size", 3.0, "must be a whole number"),
