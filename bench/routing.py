@@ -125,7 +125,7 @@ class Trainee:
 
 
 def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """All arms of one seed: a row for each arm and checkpoint."""
+    """All arms of one seed: a row for each arm and checkpoint. Work is counted against the same step with all tokens."""
     size, device = SIZES[name], torch.device("cpu")
     model.MODEL_CONFIG.update(size.model)
     tuning.BATCH = size.batch
@@ -139,7 +139,8 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     draw = next(tuning.draws(subjects, 1, seed))
     counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw) for arm in arms}
     full = {prior: counts[Arm(prior=prior)] for prior in (False, True)}
-    trainees = [Trainee(arm, base, subjects, size, seed, counts[arm] / full[arm.prior]) for arm in arms]
+    work = {arm: arm.until * counts[arm] / full[arm.prior] + 1 - arm.until for arm in arms}
+    trainees = [Trainee(arm, base, subjects, size, seed, work[arm]) for arm in arms]
     rows = []
     for round_ in range(1, max(trainee.steps for trainee in trainees) + 1):
         for trainee in trainees:
@@ -152,7 +153,7 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
             trainee.model.train()
             rows.append(
                 {"model": name, "seed": seed, "arm": trainee.arm.name, "step": round_, "steps": trainee.steps,
-                 "work_per_step": round(counts[trainee.arm] / full[trainee.arm.prior], 4),
+                 "work_per_step": round(work[trainee.arm], 4),
                  "cpu_seconds": round(trainee.seconds, 2), "inside": round(scores.inside, 5),
                  "outside": round(scores.outside, 5), "drift_outside": round(scores.drift_outside, 5)}
             )  # fmt: skip
