@@ -29,10 +29,11 @@ from masked_loss_triton.masks.reading import open_image
 
 @dataclasses.dataclass(frozen=True)
 class CacheFindings:
-    """The problems of one cache, whether it has weights, and the operations that these were made with, if that is known."""
+    """The problems of one cache, whether it has weights (None: it could not be read), and the operations that these were made
+    with, if that is known."""
 
     problems: list[Problem]
-    masked: bool = True
+    masked: bool | None = None
     operations: MaskOperations | None = None
 
 
@@ -90,8 +91,8 @@ def check_shard(
     checked = [_begun(dataset, shard) for dataset in prepared]
     for index, result in run_parallel(work, jobs(), workers or default_workers()):
         if isinstance(result, CacheFindings):
-            checked[index].masked += result.masked
-            checked[index].unmasked += not result.masked
+            checked[index].masked += result.masked is True
+            checked[index].unmasked += result.masked is False
             if result.operations is not None:
                 checked[index].count_operations(json.dumps(dataclasses.asdict(result.operations)))
             result = result.problems
@@ -141,7 +142,7 @@ def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> Cac
     operations = cached_operations(file)
     if foreign := set(names) - own_weights(file):
         note = f"{min(foreign)} is of another program: masked-loss cache --force replaces it"
-        return CacheFindings([*found, problem(prepared, "cache", item.path, note)])
+        return CacheFindings([*found, problem(prepared, "cache", item.path, note)], masked=True)
     values = file.read(names[0])
     if not np.all((values >= 0) & (values <= 1)):  # also where they are no numbers
         note = "its weights are not all between 0 and 1: run masked-loss cache --force"

@@ -99,8 +99,8 @@ def test_the_page_stands_alone(report, content):
 def test_pictures_can_be_opened_and_are_not_blank(report):
     for file in report.rglob("*.png"):
         with Image.open(file) as image:
-            assert image.mode in ("RGB", "RGBA")
-            assert np.asarray(image)[..., :3].std() > 10, file.name
+            assert image.mode in (("L",) if file.parent.name == "masks" else ("RGB", "RGBA"))
+            assert np.asarray(image).std() > 10, file.name
 
 
 @pytest.mark.slow
