@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ class MaskedLossStats(NamedTuple):
     """Each field is a 0-d tensor on the device of pred, float32 (float64 from the reference in float64), without gradient.
 
     Means, minima and maxima are over the positions of the batch. "raw" is the mask at the size of the loss after inversion,
-    before blur and gamma; "target_weight" is w, "prior_weight" is v. Reading a value (`float(stats.loss)`) synchronises, and so
-    do `to_dict` and printing, which shows a table.
+    before blur and gamma; "target_weight" is w, "prior_weight" is v. "error" is rho(pred - target) and "drift" rho(pred - prior),
+    without weights or `weighting`: "inside" is their mean weighted by the raw mask m, "outside" by 1 - m, 0 where that is 0
+    everywhere. Without a prior the drift is 0. Reading a value (`float(stats.loss)`) synchronises, and so do `to_dict` and
+    printing, which shows a table.
     """
 
     loss: torch.Tensor
@@ -29,6 +32,10 @@ class MaskedLossStats(NamedTuple):
     prior_weight_max: torch.Tensor
     overlap: torch.Tensor  # mean over the positions of min(w, v): how much both terms claim
     prior_share: torch.Tensor  # prior_term / loss, 0 where the loss is 0
+    error_inside: torch.Tensor
+    error_outside: torch.Tensor
+    drift_inside: torch.Tensor
+    drift_outside: torch.Tensor
 
     @classmethod
     def from_weights(
@@ -38,14 +45,15 @@ class MaskedLossStats(NamedTuple):
         raw: torch.Tensor,
         w: torch.Tensor,
         v: torch.Tensor,
+        errors: Sequence[torch.Tensor],
     ) -> MaskedLossStats:
-        """From the two terms of the loss and the weights that made them, (B or 1, F, H, W) each."""
+        """From the two terms of the loss, the weights that made them, (B or 1, F, H, W) each, and the last four fields."""
         weights = [number for x in (raw, w, v) for number in (x.mean(), x.amin(), x.amax())]
         numbers = [*weights, torch.minimum(w, v).mean()]
         target_term, prior_term = target_term.detach(), prior_term.detach()
         loss = target_term + prior_term
         share = prior_term / torch.where(loss == 0, torch.ones_like(loss), loss)
-        return cls._make([loss, target_term, prior_term, *(number.detach() for number in numbers), share])
+        return cls._make([loss, target_term, prior_term, *(number.detach() for number in numbers), share, *errors])
 
     def to_dict(self) -> dict[str, float]:
         """The fields as floats. Waits for the device once."""

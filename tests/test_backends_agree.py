@@ -6,7 +6,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from masked_loss_triton import MaskedLossConfig, MaskedLossStats, masked_loss
-from tests.support.accuracy import assert_gradient_close, assert_loss_close, reference
+from tests.support.accuracy import assert_gradient_close, assert_loss_close, double, reference
 from tests.support.strategies import calls, on
 
 
@@ -29,10 +29,15 @@ def check(backend, device, drawn, grad_output):
     # Where weights nearly cancel, the loss is as uncertain as its gradient: sum over the elements of what is allowed there.
     noise = (bound * (pred.double() - pred.double().mean()).abs().clamp_min(1)).sum() / abs(grad_output)
     assert abs(loss.double() - wanted_loss) <= 1e-6 * abs(wanted_loss) + noise + 1e-30
+    largest = max(float((pred.detach().double() - double(x)).abs().max()) for x in (target, call.get("prior", pred)))
     for name, got, want in zip(stats._fields, stats, wanted_stats, strict=True):
+        tolerance = 4e-6
+        if name.endswith("side"):  # the mask, or 1 - m, is noise where it is nearly 0 everywhere
+            mean = wanted_stats.raw_mean if name.endswith("_inside") else 1 - wanted_stats.raw_mean
+            tolerance += float(6e-7 / max(mean, 1e-12)) * max(largest, largest**2)
         if name not in ("loss", "target_term", "prior_term", "prior_share"):
             torch.testing.assert_close(
-                got.double(), want.double(), atol=4e-6, rtol=4e-6, msg=lambda m, n=name: f"{n}: {m}"
+                got.double(), want.double(), atol=tolerance, rtol=4e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
     torch.testing.assert_close(stats.loss, loss)
     torch.testing.assert_close(stats.target_term + stats.prior_term, loss, rtol=1e-5, atol=1e-7)

@@ -288,6 +288,25 @@ def test_the_module_is_the_function():
     assert torch.equal(module(pred, target, mask), masked_loss(pred, target, mask, module.config))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_errors_inside_and_outside_are_means_weighted_by_the_raw_mask(device, backend):
+    """The raw mask is that before gamma, floor and region; the trainer's weighting is no part of an error."""
+    pred, target, prior = (torch.randn(2, 3, 2, 4, 4) for _ in range(3))
+    mask = torch.rand(2, 2, 4, 4).round(decimals=1)
+    config = MaskedLossConfig(invert=True, gamma=2.0, min_weight=0.3, loss_type="huber", loss_delta=0.7)
+    given = {"prior": prior.to(device), "weighting": torch.tensor([2.0, 5.0]).to(device), "return_stats": True}
+    tensors = (pred.to(device), target.to(device), mask.to(device))
+    _, stats = masked_loss(*tensors, config, backend=backend, **given)
+    m = (1 - mask).unsqueeze(1).expand_as(pred)
+    for name, other in (("error", target), ("drift", prior)):
+        error = torch.nn.functional.huber_loss(pred, other, delta=0.7, reduction="none")
+        inside, outside = (float((w * error).sum() / w.sum()) for w in (m, 1 - m))
+        assert float(getattr(stats, f"{name}_inside")) == pytest.approx(inside, rel=1e-5)
+        assert float(getattr(stats, f"{name}_outside")) == pytest.approx(outside, rel=1e-5)
+    _, white = masked_loss(*tensors[:2], None, backend=backend, return_stats=True)
+    assert float(white.error_outside) == float(white.drift_inside) == 0
+
+
 def test_stats_are_a_table_and_floats():
     mask = torch.tensor([[[0.0, 0.5], [1.0, 1.0]]])
     _, stats = masked_loss(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), mask, return_stats=True)

@@ -16,6 +16,7 @@ import torch
 from masked_loss_triton.backend import distinct, refuse_second_derivative, stages
 from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.formulas import error_and_slope
+from masked_loss_triton.backend.means import error_means
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
@@ -58,7 +59,7 @@ def loss(
         s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
         a = _times(w, s)
         b = None if inputs.prior is None else _times(v, r)
-    kept = (raw, w, v) if return_stats else None
+    kept = (raw, w, v, error_means(inputs, config, raw)) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
     operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b)
     options = Options(inputs.flow_sign, config.loss_type, config.loss_delta)

@@ -12,6 +12,7 @@ import torch
 from masked_loss_triton.backend import stages
 from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.formulas import error_and_slope
+from masked_loss_triton.backend.means import error_means
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
@@ -39,5 +40,7 @@ def loss(
     prior_term = torch.zeros_like(target_term)
     if inputs.prior is not None:
         prior_term = term(r, v, inputs.prior.to(dtype))
-    stats = MaskedLossStats.from_weights(target_term, prior_term, raw, w, v) if return_stats else None
-    return target_term + prior_term, stats
+    if not return_stats:
+        return target_term + prior_term, None
+    errors = error_means(inputs, config, raw)
+    return target_term + prior_term, MaskedLossStats.from_weights(target_term, prior_term, raw, w, v, errors)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import stages
-from masked_loss_triton.call import canonical_mask
+from masked_loss_triton.backend.means import error_means
+from masked_loss_triton.call import LossInputs, describe
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.loss import mask_weights, masked_loss
 from masked_loss_triton.routing.router import Kept
@@ -97,11 +98,16 @@ class RoutedWeights:
                 pred, prior, self.prior, weighting=weighting, normalizer=prior_normalizer, **common
             )
             total = target_term + prior_term
-        return (total, self._stats(target_term, prior_term)) if return_stats else total
+        if not return_stats:
+            return total
+        layout = call.get("layout", "channels_first")
+        inputs = describe(pred, target, self.mask, self.config, prior=prior, layout=layout)
+        return total, self._stats(target_term, prior_term, inputs)
 
     @torch.no_grad()
-    def _stats(self, target_term: torch.Tensor, prior_term: torch.Tensor) -> MaskedLossStats:
-        batch, frames, height, width = self.target.shape
-        mask = None if self.mask is None else canonical_mask(self.mask, (batch, frames, height, width))
-        raw = stages.raw_mask(mask, (frames, height, width), self.config, self.target, torch.float32)
-        return MaskedLossStats.from_weights(target_term, prior_term, raw, self.target, self.prior)
+    def _stats(self, target_term: torch.Tensor, prior_term: torch.Tensor, inputs: LossInputs) -> MaskedLossStats:
+        assert self.kept is not None
+        raw = stages.raw_mask(inputs.mask, inputs.grid, self.config, self.target, torch.float32)
+        # What the dropped tokens predict is of no use, and no error either.
+        errors = error_means(inputs, self.config, raw, self.kept.positions.to(raw.dtype))
+        return MaskedLossStats.from_weights(target_term, prior_term, raw, self.target, self.prior, errors)
