@@ -31,16 +31,13 @@ def error_means(
     weights = [weight.unsqueeze(1).expand(inputs.pred.shape) for weight in (inside, outside)]
     rows = max(1, BLOCK // max(1, inputs.pred[:, :, :, :1].numel()))
     step = inputs.pred.shape[3] if torch.compiler.is_compiling() else rows
-    tensors = (inputs.pred, inputs.target, inputs.latents, inputs.prior, *weights)
     sums = []
     for row in range(0, inputs.pred.shape[3], step):
-        pred, target, latents, prior, *parts = (
-            None if x is None else x[:, :, :, row : row + step].to(raw.dtype) for x in tensors
-        )
-        if latents is not None:
-            target = inputs.flow_sign * (target - latents)
-        others = (target, pred if prior is None else prior)
-        errors = [error_and_slope(pred - other, config.loss_type, config.loss_delta)[0] for other in others]
+        tensors = (inputs.pred, inputs.target, inputs.pred if inputs.prior is None else inputs.prior, *weights)
+        pred, target, prior, *parts = (x[:, :, :, row : row + step].to(raw.dtype) for x in tensors)
+        if inputs.latents is not None:
+            target = inputs.flow_sign * (target - inputs.latents[:, :, :, row : row + step].to(raw.dtype))
+        errors = [error_and_slope(pred - other, config.loss_type, config.loss_delta)[0] for other in (target, prior)]
         sums.append(torch.stack([(error * part).sum() for error in errors for part in parts]))
     total = [weight.sum() for weight in weights]
     below = torch.stack([torch.where(number == 0, torch.ones_like(number), number) for number in total * 2])
