@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
-from masked_loss_triton.kernels.operands import Operand, Walk, mask_steps, offsets_of
+from masked_loss_triton.kernels.operands import Operand, Walk, mask_steps, offsets_of, walked
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
@@ -28,7 +28,6 @@ from masked_loss_triton.kernels.stages import (
     error_and_slope,
     read,
     sample_gates,
-    split_position,
     target_and_prior_weight,
 )
 from masked_loss_triton.kernels.sums import STATS, Normalization, Outputs, Sample, factors, write_loss
@@ -92,33 +91,18 @@ def loss_kernel(
     OPTIONS: tl.constexpr,
 ):
     """Writes gradient and loss; grid (tiles of positions, groups of channels, B). A program keeps its weights over its channels."""
-    VECTOR: tl.constexpr = OPTIONS.VECTOR
     CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
     _batch, channels, frames, height, width = shape
     b = tl.program_id(2)
-    grid_positions = frames * height * width
-    positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    inside = position < positions
-    cell = position
-    if OPTIONS.FOLD == 2:
-        cell = tl.where(position < grid_positions, position, position - grid_positions)
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
-    frame, row, column = split_position(cell, height, width)
-    # Products with strides: 64-bit where a tensor spans 2^31 elements.
-    cell = cell.to(OPTIONS.OFFSET)
-    at = (frame.to(OPTIONS.OFFSET), row.to(OPTIONS.OFFSET), column.to(OPTIONS.OFFSET))
-    # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
-    # use half of its sectors.
-    position = tl.max_contiguous(position, (1, VECTOR)).to(OPTIONS.OFFSET)
+    position, inside, cell, at = walked(shape, OPTIONS)
 
     s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
     if grad_output_ptr is not None:
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
         s, r = s * grad_output, r * grad_output
 
-    weight_positions = grid_positions
+    weight_positions = frames * height * width
     if OPTIONS.ONE_FRAME:
         weight_positions = height * width
         cell = cell % weight_positions

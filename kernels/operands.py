@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, common_divisor
+from masked_loss_triton.kernels.stages import Resampling, split_position
 
 
 class Operand(NamedTuple):
@@ -87,6 +90,74 @@ def mask_steps(mask: Layout | None) -> tuple[tuple[int, ...] | None, bool, int]:
     flat = mask.position_stride == 1
     divisor = common_divisor([b], 16) if flat else 1
     return (b // divisor, 0, *rest), flat, divisor
+
+
+def resampling(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[Resampling, dict[str, bool | int | str]]:
+    """(the numbers of a mask's way to the grid of the weights, the options of the kernel that go with them)."""
+    _, mask_frames, mask_height, mask_width = mask.shape
+    if (mask_height, mask_width) == grid[1:]:
+        mode = "area"  # a window of one: the value itself, also beside a NaN
+    spatial = {"area": None, "nearest": 1, "nearest-exact": 1, "bilinear": 2, "bicubic": 4}[mode]
+    step = 0 if mask.shape[0] == 1 else mask.strides[0]
+    divisor = common_divisor([math.prod(grid), step], 16)
+    window_h, window_w = _windows(mask, grid, mode)
+    numbers = Resampling(
+        frames=mask_frames,
+        height=mask_height,
+        width=mask_width,
+        b=step // divisor,
+        f=mask.strides[1],
+        h=mask.strides[2],
+        w=mask.strides[3],
+        taps_f=_most_taps(mask_frames, grid[0]),
+        taps_h=spatial or _most_taps(mask_height, grid[1]),
+        taps_w=spatial or _most_taps(mask_width, grid[2]),
+        scale_h=mask_height / grid[1],
+        scale_w=mask_width / grid[2],
+    )
+    flat = mask.shape[1:] == grid and mask.position_stride == 1
+    return numbers, dict(MODE=mode, FLAT=flat, WINDOW_H=window_h, WINDOW_W=window_w, DIVISOR=divisor)
+
+
+def _windows(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[int, int]:
+    """The size of the window that each position covers exactly, 1 x 1 where there is none that can be read row by row."""
+    down, down_rest = divmod(mask.shape[2], grid[1])
+    across, across_rest = divmod(mask.shape[3], grid[2])
+    exact = mode == "area" and mask.strides[3] == 1 and (down_rest, across_rest) == (0, 0)
+    return (down, across) if exact and down <= 16 and across in (2, 4, 8, 16) else (1, 1)
+
+
+@functools.cache
+def _most_taps(size_in: int, size_out: int) -> int:
+    """The longest window of an area average, in inputs."""
+    return max(-((i + 1) * size_in // -size_out) - i * size_in // size_out for i in range(size_out))
+
+
+@triton.jit
+def walked(shape, OPTIONS: tl.constexpr):
+    """(positions of this program, whether each is inside, its cell in the grid (F, H, W), that cell's (frame, row, column)).
+
+    Under the fold a position lies in a pair of channels, and two positions share a cell. All but the second are of the type that
+    a product with strides needs.
+    """
+    _batch, _channels, frames, height, width = shape
+    grid_positions = frames * height * width
+    positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
+    position = tl.program_id(0) * OPTIONS.BLOCK_P + tl.arange(0, OPTIONS.BLOCK_P)[None, :]
+    inside = position < positions
+    cell = position
+    if OPTIONS.FOLD == 2:
+        cell = tl.where(position < grid_positions, position, position - grid_positions)
+        CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
+    frame, row, column = split_position(cell, height, width)
+    # 64-bit where a tensor spans 2^31 elements.
+    cell = cell.to(OPTIONS.OFFSET)
+    at = (frame.to(OPTIONS.OFFSET), row.to(OPTIONS.OFFSET), column.to(OPTIONS.OFFSET))
+    # No thread takes more neighbours than fit 16 bytes of the widest operand: with 8 float32 beside 8 halves, each access would
+    # use half of its sectors.
+    VECTOR: tl.constexpr = OPTIONS.VECTOR
+    return tl.max_contiguous(position, (1, VECTOR)).to(OPTIONS.OFFSET), inside, cell, at
 
 
 @triton.jit

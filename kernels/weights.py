@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels.operands import resampling
 from masked_loss_triton.kernels.stages import (
     Gates,
-    Resampling,
     StageOptions,
     Stages,
     gaussian_tap,
@@ -230,47 +230,6 @@ class WeightsLaunch:
         return cls(block, ceil_div(blocks, blocks_per_tile), blocks_per_tile)
 
 
-def _resampling(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[Resampling, dict[str, bool | int | str]]:
-    """The numbers of a mask's way to the grid, and the options that go with them."""
-    _, mask_frames, mask_height, mask_width = mask.shape
-    if (mask_height, mask_width) == grid[1:]:
-        mode = "area"  # a window of one: the value itself, also beside a NaN
-    spatial = {"area": None, "nearest": 1, "nearest-exact": 1, "bilinear": 2, "bicubic": 4}[mode]
-    step = 0 if mask.shape[0] == 1 else mask.strides[0]
-    divisor = common_divisor([math.prod(grid), step], 16)
-    window_h, window_w = _windows(mask, grid, mode)
-    numbers = Resampling(
-        frames=mask_frames,
-        height=mask_height,
-        width=mask_width,
-        b=step // divisor,
-        f=mask.strides[1],
-        h=mask.strides[2],
-        w=mask.strides[3],
-        taps_f=_most_taps(mask_frames, grid[0]),
-        taps_h=spatial or _most_taps(mask_height, grid[1]),
-        taps_w=spatial or _most_taps(mask_width, grid[2]),
-        scale_h=mask_height / grid[1],
-        scale_w=mask_width / grid[2],
-    )
-    flat = mask.shape[1:] == grid and mask.position_stride == 1
-    return numbers, dict(MODE=mode, FLAT=flat, WINDOW_H=window_h, WINDOW_W=window_w, DIVISOR=divisor)
-
-
-def _windows(mask: Layout, grid: tuple[int, int, int], mode: str) -> tuple[int, int]:
-    """The size of the window that each position covers exactly, 1 x 1 where there is none that can be read row by row."""
-    down, down_rest = divmod(mask.shape[2], grid[1])
-    across, across_rest = divmod(mask.shape[3], grid[2])
-    exact = mode == "area" and mask.strides[3] == 1 and (down_rest, across_rest) == (0, 0)
-    return (down, across) if exact and down <= 16 and across in (2, 4, 8, 16) else (1, 1)
-
-
-@functools.cache
-def _most_taps(size_in: int, size_out: int) -> int:
-    """The longest window of an area average, in inputs."""
-    return max(-((i + 1) * size_in // -size_out) - i * size_in // size_out for i in range(size_out))
-
-
 @dataclasses.dataclass(frozen=True)
 class WeightsPlan:
     """Everything of the launches that the numbers in the tensors do not change.
@@ -311,18 +270,14 @@ def plan_weights(
         fields = dict(INVERT=config.invert, FLOOR=config.floor, HAS_PRIOR=has_prior, STATS=stats, BLOCK=launch.block)
         return WeightsOptions(**{**fields, **more})  # type: ignore[arg-type]
 
-    how, blur, before_blur, more = (
-        None,
-        None,
-        None,
-        dict[str, bool | int | str](DIVISOR=common_divisor([positions], 16)),
-    )
+    how = blur = before_blur = None
+    more: dict[str, bool | int | str] = dict(DIVISOR=common_divisor([positions], 16))
     if mask is not None:
-        how, more = _resampling(mask, shape, config.resample)
+        how, more = resampling(mask, shape, config.resample)
     if mask is not None and blurred:
         before_blur = (shape, how, stages, options(**more))
         raw = Layout((mask.shape[0], *shape), (positions, positions // frames, grid[2], 1), torch.float32)
-        how, more = _resampling(raw, shape, config.resample)
+        how, more = resampling(raw, shape, config.resample)
         more |= dict(KERNEL_SIZE=config.blur_kernel_size)
         blur = Blur.of(config.blur_kernel_size)
     arguments = (shape, how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
