@@ -6,8 +6,8 @@ some of the tokens, and measured with all of them.
     python -m bench.routing --report             # the table and the curves of what is in the CSV
 
 Every arm of a seed starts from the same base model and LoRA and sees the same batches, noise and times; the arms take turns step by
-step, so that a busy machine slows them alike. Rows go to bench/results/<device>/routing.csv as they are made; a seed that is
-there is not run again.
+step, so that a busy machine slows them alike. Rows go to bench/results/<device>/routing.csv, seed by seed; what is there is not run
+again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.environment import ROOT, device_name, environment, slug
 from masked_loss_triton import FlowTarget, MaskedLossConfig
 from masked_loss_triton.demo import dataset, model, photos, tuning
-from masked_loss_triton.demo.evaluation import Test
+from masked_loss_triton.demo.evaluation import Scores, Test
+from masked_loss_triton.integration.musubi.routing.cross_attention import CrossAttentionGate
 from masked_loss_triton.routing import routed
+from masked_loss_triton.routing.diffusers import layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,33 +49,37 @@ class Size:
 
 SIZES = {
     "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120, 4),
-    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 1),
+    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 2),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to train. `longer` multiplies the steps by what routing saves, so that it does as much work as the unrouted arm."""
+    """One way to train. `longer` multiplies the steps by what routing saves, so that it does as much work as the unrouted arm;
+    `gated` weights what cross-attention hears in the text with the mask."""
 
     keep: float = 1.0
-    background: float = 0.25
     until: float = 1.0
     prior: bool = False
     longer: bool = False
+    gated: bool = False
 
     @property
     def name(self) -> str:
-        parts = [f"keep {self.keep:g}"]
-        parts += [f"background {self.background:g}"] if self.background != 0.25 else []
-        parts += [f"until {self.until:g}"] if self.until != 1 else []
-        return ", ".join(parts + ["prior"] * self.prior + ["equal work"] * self.longer)
+        parts = [f"keep {self.keep:g}"] + ([f"until {self.until:g}"] if self.until != 1 else [])
+        return ", ".join(parts + ["prior"] * self.prior + ["equal work"] * self.longer + ["gated text"] * self.gated)
 
 
+BASE = "base model"
+KEEPS = (1.0, 0.75, 0.5, 0.25)
 ARMS = (
-    *(Arm(keep) for keep in (1.0, 0.75, 0.5, 0.25)),
-    Arm(0.5, until=0.75),
-    Arm(0.5, longer=True),
-    *(Arm(keep, prior=True) for keep in (1.0, 0.5)),
+    *(Arm(keep) for keep in KEEPS),
+    *(Arm(keep, until=0.75) for keep in KEEPS[2:]),
+    *(Arm(keep, longer=True) for keep in KEEPS[1:]),
+    *(Arm(keep, prior=True) for keep in KEEPS),
+    Arm(0.5, until=0.75, prior=True),
+    Arm(0.5, prior=True, longer=True),
+    Arm(gated=True),
 )
 
 
@@ -91,6 +97,7 @@ class Trainee:
         self.text = model.captions(subjects.names, torch.device("cpu"))
         self.draws = tuning.draws(subjects, self.steps, seed)
         self.step, self.seconds = 0, 0.0
+        self.gate = CrossAttentionGate(layout_of(self.model)) if arm.gated else None
 
     def advance(self) -> None:
         start = time.process_time()
@@ -110,9 +117,11 @@ class Trainee:
         noisy = tuning.noisy_latents(latents, noise, level)
         prior = tuning._teacher(self.model, noisy, level, text) if self.arm.prior else None
         keep = self.arm.keep if self.step < self.arm.until * self.steps else 1.0
-        chosen = {"background": self.arm.background, "seed": self.seed, "step": self.step}
         config = MaskedLossConfig(prior_weight=1.0)
-        with routed(self.model, mask, keep, config=config, has_prior=self.arm.prior, **chosen) as weights:
+        chosen = {"config": config, "has_prior": self.arm.prior, "seed": self.seed, "step": self.step}
+        with routed(self.model, mask, keep, **chosen) as weights:
+            if self.gate is not None:
+                self.gate.plan(mask, config, tuple(mask.shape[2:]), weights)
             pred = model.predict(self.model, noisy, level, text)
         return weights.loss(pred, FlowTarget(noise, latents), prior=prior, backend="torch")
 
@@ -125,7 +134,8 @@ class Trainee:
 
 
 def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """All arms of one seed: a row for each arm and checkpoint. Work is counted against the same step with all tokens."""
+    """Some arms of one seed: a row for each arm and checkpoint, after one of the base model. Work is counted against the same step
+    with all tokens."""
     size, device = SIZES[name], torch.device("cpu")
     model.MODEL_CONFIG.update(size.model)
     tuning.BATCH = size.batch
@@ -137,28 +147,46 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     tuning.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
     test = Test(base.eval(), subjects)
     draw = next(tuning.draws(subjects, 1, seed))
-    counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw) for arm in arms}
-    full = {prior: counts[Arm(prior=prior)] for prior in (False, True)}
-    work = {arm: arm.until * counts[arm] / full[arm.prior] + 1 - arm.until for arm in arms}
+    needed = {*arms, *(Arm(prior=arm.prior) for arm in arms)}
+    counts = {arm: Trainee(arm, base, subjects, size, seed, 1.0).operations(draw) for arm in needed}
+    work = {arm: arm.until * counts[arm] / counts[Arm(prior=arm.prior)] + 1 - arm.until for arm in arms}
     trainees = [Trainee(arm, base, subjects, size, seed, work[arm]) for arm in arms]
-    rows = []
+    rows = [_row(name, seed, BASE, 0, 0, 0.0, 0.0, test.score(base))]
     for round_ in range(1, max(trainee.steps for trainee in trainees) + 1):
         for trainee in trainees:
             if round_ > trainee.steps:
                 continue
             trainee.advance()
-            if round_ % max(1, trainee.steps // size.checkpoints) and round_ != trainee.steps:
+            if not _is_checkpoint(round_, trainee.steps, size.checkpoints):
                 continue
             scores = test.score(trainee.model.eval())
             trainee.model.train()
-            rows.append(
-                {"model": name, "seed": seed, "arm": trainee.arm.name, "step": round_, "steps": trainee.steps,
-                 "work_per_step": round(work[trainee.arm], 4),
-                 "cpu_seconds": round(trainee.seconds, 2), "inside": round(scores.inside, 5),
-                 "outside": round(scores.outside, 5), "drift_outside": round(scores.drift_outside, 5)}
-            )  # fmt: skip
-            print(*rows[-1].values(), flush=True)
-    return [{**row, **environment()} for row in rows]
+            arm = trainee.arm
+            rows.append(_row(name, seed, arm.name, round_, trainee.steps, work[arm], trainee.seconds, scores))
+    return rows
+
+
+def _is_checkpoint(step: int, steps: int, checkpoints: int) -> bool:
+    return step in {round(steps * part / checkpoints) for part in range(1, checkpoints + 1)}
+
+
+def _row(
+    name: str, seed: int, arm: str, step: int, steps: int, work: float, seconds: float, scores: Scores
+) -> dict[str, Any]:
+    row = {
+        "model": name,
+        "seed": seed,
+        "arm": arm,
+        "step": step,
+        "steps": steps,
+        "work_per_step": round(work, 4),
+        "cpu_seconds": round(seconds, 2),
+        "inside": round(scores.inside, 5),
+        "outside": round(scores.outside, 5),
+        "drift_outside": round(scores.drift_outside, 5),
+    }
+    print(*row.values(), flush=True)
+    return {**row, **environment()}
 
 
 def report(rows: list[dict[str, str]]) -> str:
@@ -203,19 +231,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--arms", nargs="+", help='only these, by name ("keep 0.5"), and what they are compared with')
+    parser.add_argument("--arms", nargs="+", help='only these, by name: "keep 0.5"')
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = args.output or ROOT / "bench/results" / slug(device_name()) / "routing.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {(row["model"], int(row["seed"])) for row in rows}
-    wanted = {Arm().name, Arm(prior=True).name, *(args.arms or [arm.name for arm in ARMS])}
+    done = {(row["model"], int(row["seed"]), row["arm"]) for row in rows}
+    chosen = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
     for seed in () if args.report else args.seeds:
-        if (args.model, seed) in done:
+        missing = [arm for arm in chosen if (args.model, seed, arm.name) not in done]
+        if not missing:
             continue
-        found = run(args.model, seed, [arm for arm in ARMS if arm.name in wanted])
+        found = [row for row in run(args.model, seed, missing) if (args.model, seed, row["arm"]) not in done]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(found[0]))

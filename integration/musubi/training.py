@@ -14,7 +14,7 @@ from masked_loss_triton.call import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.options import MaskOptions
-from masked_loss_triton.integration.musubi.routing import Routing
+from masked_loss_triton.integration.musubi.routing import Routing, models
 from masked_loss_triton.integration.musubi.routing.cross_attention import CrossAttentionGate
 from masked_loss_triton.integration.musubi.teacher import Teacher, adapters_of
 from masked_loss_triton.integration.musubi.window import Window
@@ -152,7 +152,7 @@ class MaskedTraining:
         if self.options.mask_routing < 1:
             self.routing = Routing(self.options, model, self._seed)
         if self.options.mask_cross_attention:
-            self._gate = CrossAttentionGate(model)
+            self._gate = CrossAttentionGate(models.layout_of(model))
         trained = [value for adapter in adapters_of(model).values() for value in adapter.parameters()]
         self._window = Window(self.options.mask_normalize_across, accelerator, self.config, trained)
 

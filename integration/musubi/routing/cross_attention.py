@@ -13,22 +13,20 @@ import torch.nn.functional as F
 
 from masked_loss_triton import MaskedLossConfig, mask_weights
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration.musubi.routing import models
-from masked_loss_triton.routing import Kept, RoutedWeights
+from masked_loss_triton.routing import Kept, Layout, RoutedWeights
 
 
 class CrossAttentionGate:
     """Hooks on the cross-attention of every block, for a whole run: with gradient checkpointing a block runs again in the backward.
 
     Args:
-        model: the trainer's transformer.
+        layout: of the transformer.
 
     Raises:
         UserError: for a model whose attention is joint, or whose blocks are compiled.
     """
 
-    def __init__(self, model: Any) -> None:
-        layout = models.layout_of(model)
+    def __init__(self, layout: Layout) -> None:
         self.patch = layout.patch
         self._gate: torch.Tensor | None = None
         self._kept: Kept | None = None
