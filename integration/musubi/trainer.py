@@ -23,6 +23,7 @@ import torch
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import caches
 from masked_loss_triton.integration.musubi.options import MaskOptions, from_namespace
+from masked_loss_triton.integration.musubi.routing import check_family
 from masked_loss_triton.integration.musubi.training import MaskedTraining
 
 # Recorded from musubi-tuner 0.2.14 to 0.3.4 and blissful-tuner 0.12.66 and 0.13.66; a third argument may end in _arg.
@@ -110,6 +111,7 @@ class _Masked:
             return
         if args.dataset_config is None:
             raise UserError("--dataset_config is missing: name the dataset file", 2)
+        check_family(options, self.architecture)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
         _say(*banner(options), report.summary(), *notes, *_misspelled(args), *report.warnings(options))
         # Later versions of blissful-tuner have a masked loss under the same flag: one of the two is enough.

@@ -9,11 +9,33 @@ from typing import Any
 import torch
 
 from masked_loss_triton import MaskedLossConfig
+from masked_loss_triton.cache.families import family_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing.models import layout_of
 from masked_loss_triton.routing import RoutedWeights, Router
 from masked_loss_triton.routing.lanes import rerouted
+
+ROUTED, WITH_CROSS_ATTENTION = ("wan", "hv", "qwen"), ("wan",)
+
+
+def check_family(options: MaskOptions, architecture: str) -> None:
+    """Refuses what the models of a family cannot do, before one is loaded.
+
+    Args:
+        architecture: the trainer's short name, which also ends its cache files.
+
+    Raises:
+        UserError: naming the flag and the families that take it.
+    """
+    family = family_of(architecture) or architecture
+    if options.mask_routing < 1 and family not in ROUTED:
+        raise UserError(f"--mask_routing can be had for {', '.join(ROUTED)}, not for {family}: drop the flag", 2)
+    if options.mask_cross_attention and family not in WITH_CROSS_ATTENTION:
+        raise UserError(
+            f"--mask_cross_attention needs a cross-attention to the text, which {family} has not: use it with wan, or drop it",
+            2,
+        )
 
 
 class Routing:

@@ -23,7 +23,7 @@ class CrossAttentionGate:
         layout: of the transformer.
 
     Raises:
-        UserError: for a model whose attention is joint, or whose blocks are compiled.
+        UserError: for a model whose blocks are compiled.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -33,11 +33,7 @@ class CrossAttentionGate:
         for block in (block for lane in layout.lanes for block in lane.blocks):
             if hasattr(block, "_orig_mod"):
                 raise UserError("--mask_cross_attention cannot be had with --compile: drop one", 2)
-            attention = getattr(block, "cross_attn", getattr(block, "attn2", None))
-            if attention is None:
-                raise UserError(
-                    "--mask_cross_attention needs a model with a cross-attention to the text, WAN: drop it", 2
-                )
+            attention = block.cross_attn if hasattr(block, "cross_attn") else block.attn2
             attention.register_forward_hook(self._hook)
 
     def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from unittest import mock
 
 import pytest
@@ -12,9 +13,9 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import routing
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing import models
-from masked_loss_triton.routing import diffusers
+from masked_loss_triton.routing import Kept, Router, diffusers
 from tests.integration.musubi import small_trainer
-from tests.integration.musubi.small_trainer import by_item, trained
+from tests.integration.musubi.small_trainer import arguments, by_item, trained
 from tests.support.caches import caches
 
 HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks", "0-1")
@@ -70,6 +71,30 @@ def test_denominators_of_accumulated_batches_count_what_is_left(labs, across):
         assert_same(trained("method", labs["wan"], *flags, *HALF[1:], **given), plain)
 
 
+def test_micro_batches_are_the_large_batch_with_the_same_tokens(labs):
+    """Where every picture keeps the half that it would keep alone: the denominator is of what is left."""
+    choose = Router.choose
+
+    def alike(self, weights, patch, draw, **named):
+        kept = [choose(self, one[None], patch, random.Random(0), **named) for one in weights]
+        index, positions = (torch.cat([getattr(one, name) for one in kept]) for name in ("index", "positions"))
+        return Kept(index, positions, kept[0].tokens, kept[0].weighted)
+
+    given = {"max_train_steps": 1, **by_item()}
+    split = {"batch_size": 1, "gradient_accumulation_steps": 2}
+    with mock.patch.object(Router, "choose", alike):
+        whole = trained("method", labs["wan"], *HALF, **given).gradients[0]
+        shared = trained("method", labs["wan"], *HALF, "--mask_normalize_across", "accumulation", **split, **given)
+        alone = trained("method", labs["wan"], *HALF, **split, **given).gradients[0]
+    largest = max(float(value.abs().max()) for value in whole)
+    differences = [
+        max(float((a - b).abs().max()) for a, b in zip(whole, parts, strict=True)) / largest
+        for parts in (shared.gradients[0], alone)
+    ]
+    assert differences[0] < 1e-5
+    assert differences[1] > 0.05
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_sees_everything_and_the_student_half(labs, name):
     """Counted at the routed blocks: tokens of the pass without gradient, and of the one with it."""
@@ -93,6 +118,31 @@ def test_the_teacher_sees_everything_and_the_student_half(labs, name):
     assert {tokens for grad, tokens in seen if not grad} == {64}
     assert {tokens for grad, tokens in seen if grad} == {32}
     assert hooks_of(trainer.transformer) == 0
+    seen.clear()
+    # Samples are drawn with the model itself, and validation calls this without a gradient.
+    args = arguments(labs[name].toml, *HALF)
+    batch = trainer.batches(args)[0]
+    given = (batch["latents"], torch.full((len(batch["latents"]),), 500.0))
+    with torch.no_grad():
+        trainer.call_dit(args, None, trainer.transformer, given[0], batch, *given[:1] * 2, given[1], torch.float32)
+    assert [tokens for _, tokens in seen] == [64]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_fails_in_the_middle_leaves_no_hooks(labs, name):
+    """In the second step, in a routed block."""
+    made, models_of_runs = routing.Routing.__init__, []
+
+    def start_and_break(self, options, model, seed):
+        made(self, options, model, seed)
+        models_of_runs.append(model)
+        block = self.layout.lanes[-1].blocks[-1]
+        forward, calls = block.forward, iter((1, 0))
+        block.forward = lambda *args, **kwargs: 1 / next(calls) and forward(*args, **kwargs)
+
+    with mock.patch.object(routing.Routing, "__init__", start_and_break), pytest.raises(ZeroDivisionError):
+        trained("method", labs[name], *HALF)
+    assert hooks_of(models_of_runs[0]) == 0
 
 
 @pytest.mark.parametrize("prior", [False, True])
@@ -173,9 +223,14 @@ def test_what_the_gate_lets_through_is_the_weight_of_the_token(labs):
     assert torch.equal(gated[weight == 1], every[weight == 1])
 
 
-def test_models_without_cross_attention_refuse_the_gate(labs):
-    with pytest.raises(UserError, match="needs a model with a cross-attention"):
-        trained("method", labs["qwen"], *GATED)
+def test_families_that_cannot_are_refused_before_a_model_is_loaded():
+    routing.check_family(MaskOptions(use_mask_loss=True, mask_routing=0.5), "qie")
+    with pytest.raises(UserError, match="--mask_routing can be had for wan, hv, qwen, not for hv15"):
+        routing.check_family(MaskOptions(use_mask_loss=True, mask_routing=0.5), "hv15")
+    with pytest.raises(
+        UserError, match="--mask_cross_attention needs a cross-attention to the text, which qwen has not"
+    ):
+        routing.check_family(MaskOptions(use_mask_loss=True, mask_cross_attention=True), "qi")
 
 
 @pytest.mark.parametrize(
