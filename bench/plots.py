@@ -107,3 +107,56 @@ def registers(rows: Rows, folder: pathlib.Path) -> list[str]:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return _save(figure, folder, "registers", "registers of the loss kernel")
+
+
+KEPT = {"1": YARDSTICK, "0.75": OURS, "0.5": COMPILED, "0.25": "#b3423a"}
+
+
+def routing(rows: Rows, folder: pathlib.Path) -> list[str]:
+    """Error inside and drift outside while LoRAs are learned with some of the tokens: a line of panels for each model, means over
+    seeds; time is processor time, in units of the whole training with all tokens."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, grid = plt.subplots(len(models), 3, figsize=(12, 3.5 * len(models)), layout="constrained", squeeze=False)
+    for line, name in zip(grid, models, strict=True):
+        of_model = [row for row in rows if row["model"] == name]
+        whole = {
+            row["seed"]: float(row["cpu_seconds"])
+            for row in of_model
+            if row["arm"] == "keep 1" and row["step"] == row["steps"]
+        }
+        for arm in dict.fromkeys(row["arm"] for row in of_model if row["arm"].startswith("keep")):
+            of_arm = [row for row in of_model if row["arm"] == arm and row["seed"] in whole]
+            steps = [float(row["step"]) for row in of_arm]
+            times = [float(row["cpu_seconds"]) / whole[row["seed"]] for row in of_arm]
+            inside, drift = ([float(row[field]) for row in of_arm] for field in ("inside", "drift_outside"))
+            keep, *rest = arm.removeprefix("keep ").split(", ")
+            style = ":" if "prior" in rest else "--" if "equal work" in rest else "-." if rest else "-"
+            look = {"color": KEPT[keep], "linestyle": style, "marker": ".", "markersize": 5, "linewidth": 1.3}
+            for axes, x, y in zip(line, (steps, times, times), (inside, inside, drift), strict=True):
+                if not (axes is line[0] and "equal work" in rest):
+                    axes.plot(*_means(steps, x, y), **look, label=arm)
+        for axes, title, label in zip(
+            line,
+            ("error inside against steps", "error inside against time", "drift outside against time"),
+            (
+                "steps",
+                "processor time, of the training with all tokens",
+                "processor time, of the training with all tokens",
+            ),
+            strict=True,
+        ):
+            axes.set_title(f"{name} model: {title}", fontsize=9, loc="left")
+            axes.set_xlabel(label, fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_visible(len({row["step"] for row in of_model}) > 1)
+        line[1].legend(fontsize=6.5, frameon=False)
+    return _save(figure, folder, "routing", "error and drift against steps and time, by the share of tokens kept")
+
+
+def _means(steps: list[float], x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """The means over seeds of x and y at each step."""
+    at = sorted(set(steps))
+    picked = [[index for index, step in enumerate(steps) if step == one] for one in at]
+    average = lambda values: [sum(values[index] for index in some) / len(some) for some in picked]  # noqa: E731
+    return average(x), average(y)

@@ -6,8 +6,8 @@ some of the tokens, and measured with all of them.
     python -m bench.routing --report             # the table and the curves of what is in the CSV
 
 Every arm of a seed starts from the same base model and LoRA and sees the same batches, noise and times; the arms take turns step by
-step, so that a busy machine slows them alike. Rows go to bench/results/<device>/routing.csv, seed by seed; what is there is not run
-again.
+step, so that a busy machine slows them alike. Rows go to bench/results/<device>/routing.csv, seed by seed; what this commit
+measured is not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import plots
 from bench.environment import ROOT, device_name, environment, slug
 from masked_loss_triton import FlowTarget, MaskedLossConfig
 from masked_loss_triton.demo import dataset, model, photos, tuning
@@ -190,35 +191,44 @@ def _row(
 
 
 def report(rows: list[dict[str, str]]) -> str:
-    """The last checkpoints as a table: means over seeds, and the difference to all tokens, paired by seed, with its error."""
+    """The last checkpoints as a table: means over seeds, and the difference to all tokens, paired by seed, with its standard
+    error."""
     lines = []
     for name in SIZES:
         last = {(row["arm"], row["seed"]): row for row in rows if row["model"] == name and row["step"] == row["steps"]}
         arms = list(dict.fromkeys(arm for arm, _ in last))
-        if not arms:
-            continue
-        seeds = sorted({seed for _, seed in last})
-        lines += [
-            f"\n{name} model, {len(seeds)} seeds",
-            "| arm | work per step | time per step | error inside | against all |",
-        ]
-        lines[-1] += " error outside | drift outside | against all |"
-        lines.append("|---" * 8 + "|")
-        for arm in arms:
-            reference = "keep 1, prior" if "prior" in arm else "keep 1"
-            pairs = [(last[arm, seed], last[reference, seed]) for seed in seeds if (arm, seed) in last]
-            mine = [one for one, _ in pairs]
-            pace = [
-                float(a["cpu_seconds"]) / int(a["steps"]) / (float(b["cpu_seconds"]) / int(b["steps"]))
-                for a, b in pairs
+        if arms:
+            lines += [
+                f"\n{name} model, {len({seed for _, seed in last})} seeds\n",
+                "| arm | work per step | time per step | error inside | against all tokens | error outside | drift outside | "
+                "against all tokens |",
+                "|---" * 8 + "|",
+                *(_line(last, arm) for arm in arms),
             ]
-            cells = [arm, f"{float(mine[0]['work_per_step']):.2f}", f"{sum(pace) / len(pace):.2f}"]
-            for field, paired in (("inside", True), ("outside", False), ("drift_outside", True)):
-                cells.append(f"{sum(float(one[field]) for one in mine) / len(mine):.3f}")
-                if paired:
-                    cells.append(_difference([float(a[field]) - float(b[field]) for a, b in pairs]))
-            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _line(last: dict[tuple[str, str], dict[str, str]], arm: str) -> str:
+    reference = "keep 1, prior" if "prior" in arm else "keep 1"
+    mine = [row for (name, _), row in last.items() if name == arm]
+    pairs = [(row, last[reference, row["seed"]]) for row in mine if (reference, row["seed"]) in last]
+    cells = [arm, "", ""]
+    if arm != BASE:
+        paces = [(float(row["cpu_seconds"]) / int(row["steps"]) for row in pair) for pair in pairs]
+        pace = sum(own / other for own, other in paces) / len(pairs)
+        cells = [arm, f"{float(mine[0]['work_per_step']):.2f}", f"{pace:.2f}"]
+    for field, paired in (("inside", True), ("outside", False), ("drift_outside", True)):
+        cells.append(f"{sum(float(one[field]) for one in mine) / len(mine):.3f}")
+        if paired:
+            alone = arm in (BASE, reference)
+            cells.append("" if alone else _difference([float(a[field]) - float(b[field]) for a, b in pairs]))
+    return "| " + " | ".join(cells) + " |"
+
+
+def latest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of each model and seed that the last commit measured: only these can be paired."""
+    commits = {(row["model"], row["seed"]): row["commit"] for row in rows}
+    return [row for row in rows if row["commit"] == commits[row["model"], row["seed"]]]
 
 
 def _difference(values: list[float]) -> str:
@@ -238,7 +248,8 @@ def main() -> None:
     torch.set_num_threads(1)
     path = args.output or ROOT / "bench/results" / slug(device_name()) / "routing.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {(row["model"], int(row["seed"]), row["arm"]) for row in rows}
+    here = environment()["commit"]
+    done = {(row["model"], int(row["seed"]), row["arm"]) for row in rows if row["commit"] == here}
     chosen = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
     for seed in () if args.report else args.seeds:
         missing = [arm for arm in chosen if (args.model, seed, arm.name) not in done]
@@ -252,7 +263,8 @@ def main() -> None:
                 writer.writeheader()
             writer.writerows(found)
         rows += [{name: str(value) for name, value in row.items()} for row in found]
-    print(report(rows))
+    if rows:
+        print(report(latest(rows)), *plots.routing(latest(rows), path.parent), sep="\n")
 
 
 if __name__ == "__main__":
