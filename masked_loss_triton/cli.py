@@ -19,6 +19,7 @@ from masked_loss_triton.files.progress import printable
 COMMANDS = {
     "demo": "masked_loss_triton.commands.demo",
     "generate": "masked_loss_triton.commands.generate",
+    "edit": "masked_loss_triton.commands.edit",
     "cache": "masked_loss_triton.commands.cache",
     "check": "masked_loss_triton.commands.check",
     "inspect": "masked_loss_triton.commands.inspect",
@@ -31,6 +32,7 @@ EXTRAS = {
     **dict.fromkeys(("av", "tomli"), "cache"),
     **dict.fromkeys(("transformers", "torchvision"), "generate"),
     "ray": "ray",
+    **dict.fromkeys(("starlette", "uvicorn"), "edit"),
 }
 
 

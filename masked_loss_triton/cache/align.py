@@ -171,7 +171,7 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
             )
         size = (mask.shape[1], mask.shape[0]) if index else item.size
         mask = align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
-        planes.append(dataset.operations.bake(_to_cells(mask, item, shape, dataset)))
+        planes.append(dataset.operations.bake(to_cells(mask, item, shape, dataset)))
     values = place(np.stack(planes), item, file, shape, dataset)
     return _weights(values, used)
 
@@ -243,7 +243,7 @@ def _clip_planes(
         fitted = align_to_picture(
             mask, size or (mask.shape[1], mask.shape[0]), chosen.path, clip, shared=chosen.kind == "default"
         )
-        return _to_cells(fitted, item, shape, dataset)
+        return to_cells(fitted, item, shape, dataset)
 
     if chosen.kind != "alpha" and chosen.path.suffix.lower() in MASK_EXTENSIONS and not chosen.path.is_dir():
         refuse_animation(chosen.path)
@@ -270,7 +270,8 @@ def _clip_planes(
     return np.stack(planes)
 
 
-def _to_cells(mask: np.ndarray, item: CacheItem, shape: LatentShape, dataset: Dataset) -> np.ndarray:
+def to_cells(mask: np.ndarray, item: CacheItem, shape: LatentShape, dataset: Dataset) -> np.ndarray:
+    """Brings a mask, (H, W) uint8 in the size of its picture, to the cells of the latents: (h, w) float32 in [0, 1]."""
     edited = dataset.operations.apply(mask, item.stem)
     return to_latent(resize_to_bucket(edited, shape.bucket), (shape.height, shape.width))
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs
+from masked_loss_triton.cache.dataset import Dataset
+from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
 from masked_loss_triton.cache.items import LATENT_KEY, CacheItem, LatentShape, Source, bucket_size, latent_shape
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
@@ -111,7 +113,8 @@ def card_of_source(prepared: Prepared, source: Source, config: MaskedLossConfig)
     Raises:
         UserError: naming the file that cannot be read.
     """
-    return _card_from_files(prepared, *_preview(prepared, source), None, config)
+    item, shape = preview_item(prepared.dataset, prepared.family, source)
+    return _card_from_files(prepared, item, shape, None, config)
 
 
 def card_of_item(prepared: Prepared, item: CacheItem, config: MaskedLossConfig) -> Card:
@@ -177,17 +180,22 @@ def _name(item: CacheItem) -> str:
     return item.stem if item.window is None else f"{item.stem}  frames {item.window[0]} to {sum(item.window) - 1}"
 
 
-def _preview(prepared: Prepared, source: Source) -> tuple[CacheItem, LatentShape]:
-    target, dataset = source.targets[0], prepared.dataset
+def preview_item(dataset: Dataset, family: Family, source: Source) -> tuple[CacheItem, LatentShape]:
+    """The cache that a picture or clip does not have yet, and the shape that its latents would have.
+
+    Raises:
+        UserError: naming the picture or clip that cannot be read.
+    """
+    target = source.targets[0]
     window, frames = None, len(source.targets)
     if dataset.is_video:
-        size = bucket_size(clip_size(target), dataset, prepared.family)
+        size = bucket_size(clip_size(target), dataset, family)
         steps = max(0, min(clip_frame_count(target) or 1, PREVIEW_FRAMES) - 1) // PREVIEW_STRIDE
         window, frames = (0, steps * PREVIEW_STRIDE + 1), steps + 1
     else:
         with open_image(target) as image:
             size = image.size
-    width, height = bucket_size(size, dataset, prepared.family)
+    width, height = bucket_size(size, dataset, family)
     shape = LatentShape(frames, height // PREVIEW_CELL, width // PREVIEW_CELL, PREVIEW_CELL)
     return CacheItem(Path(f"(no cache of {source.stem})"), source.stem, size, window, source), shape
 

@@ -65,6 +65,17 @@ class Dataset:
         return self.alpha_mask or bool(self.mask_directory or self.default_mask or self.jsonl)
 
 
+def plain_dataset(images: Path, masks: Path, resolution: tuple[int, int], video: bool) -> Dataset:
+    """Returns the dataset of a folder of pictures, or of clips, without a dataset file: buckets, no operations.
+
+    Raises:
+        UserError: for a resolution that no trainer takes, with exit status 2.
+    """
+    folder = "video_directory" if video else "image_directory"
+    table = {folder: str(images), "mask_directory": str(masks), "resolution": list(resolution), "enable_bucket": True}
+    return _dataset(0, images, (table,))
+
+
 def load_datasets(
     path: str | os.PathLike[str],
     mask_config: str | os.PathLike[str] | None = None,

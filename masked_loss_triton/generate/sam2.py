@@ -86,6 +86,41 @@ class Sam2Segmenter:
                 results.append(cutouts)
         return results
 
+    def at_points(
+        self,
+        picture: np.ndarray,
+        points: Sequence[tuple[float, float]],
+        positive: Sequence[bool],
+        box: Box | None = None,
+    ) -> np.ndarray:
+        """Cuts out what points of a picture and a box say.
+
+        Args:
+            picture: (H, W, 3) uint8.
+            points: (x, y), pixels; may be empty where there is a box.
+            positive: whether the subject is at each point.
+            box: left, top, right, bottom, pixels.
+
+        Returns:
+            (H, W) bool. A single point can mean a part or the whole: of SAM 2's three answers the one it trusts most.
+        """
+        import torch
+
+        said: dict[str, Any] = {}
+        if points:
+            said["input_points"] = [[[list(map(float, point)) for point in points]]]
+            said["input_labels"] = [[[int(one) for one in positive]]]
+        if box is not None:
+            said["input_boxes"] = [[list(map(float, box))]]
+        inputs = self.processor(images=[picture], return_tensors="pt", **said).to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        sizes = inputs.pop("original_sizes")
+        with self.lock, torch.inference_mode():
+            out = self.model(**inputs, multimask_output=len(points) == 1 and box is None)
+        best = int(out.iou_scores[0, 0].float().argmax())
+        low = out.pred_masks[0, 0, best][None, None].float()
+        return self.processor.post_process_masks([low], sizes)[0][0, 0].cpu().numpy()
+
     def follow(self, frames: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """See `Segmenter`. The masks of the first frame are SAM 2's memory; they come back as they are."""
         import torch

@@ -1,0 +1,302 @@
+"""The pictures and clips of a data set with their masks: found, read, and written when a person has drawn on them.
+
+A mask is edited in the stored pixels of its picture, as the trainer and `cache` read both. What is saved carries the note
+"drawn", so that `generate` keeps it; what it replaces is kept as a copy until the next session of the editor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from masked_loss_triton.cache.dataset import Dataset, plain_dataset
+from masked_loss_triton.cache.families import Family
+from masked_loss_triton.cache.inject import Prepared
+from masked_loss_triton.edit.copies import Copies
+from masked_loss_triton.errors import UserError
+from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.notes import png_note, read_png_note
+from masked_loss_triton.generate.jobs import find_jobs
+from masked_loss_triton.generate.mask_files import is_mask, write_frames
+from masked_loss_triton.masks.frames import (
+    MASK_EXTENSIONS,
+    frame_files,
+    mask_frame_files,
+    read_clip,
+    read_frames,
+    to_uint8,
+)
+from masked_loss_triton.masks.reading import open_image, read_mask_file, read_picture
+from masked_loss_triton.masks.sources import EXIF_ORIENTATION, align_to_picture, exif_orientation
+
+DRAWN = {"drawn": "masked-loss edit"}
+CLIPS_OPEN = 2  # decoded at a time
+FRAMES_OPEN = 400  # of a clip: 400 frames of 832 x 480 are half a gigabyte
+
+
+class Changed(UserError):
+    """The mask on the disk is not the one that was opened: another tab, another program."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """A picture or clip of the data set.
+
+    Attributes:
+        name: its path below the folder, with slashes.
+        source: the picture or clip.
+        target: where its mask is saved: a PNG, for a clip a folder of PNGs.
+        masks: the masks it had when the editor was started, the one that `cache` reads first.
+        is_clip: whether it is a clip.
+        dataset, family: decide the size of its latents.
+        prepared: the dataset with its caches, where there is a dataset file.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    masks: tuple[Path, ...]
+    is_clip: bool
+    dataset: Dataset
+    family: Family
+    prepared: Prepared | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name by which `cache` finds its mask."""
+        return self.source.stem if not self.source.is_dir() else self.source.name
+
+    def mask(self) -> Path | None:
+        """The mask that is there now, or None."""
+        return next((path for path in (self.target, *self.masks) if is_mask(path)), None)
+
+
+def entries_of_folders(
+    images: Path, masks: Path, resolution: tuple[int, int], family: Family
+) -> tuple[list[Entry], list[str]]:
+    """Lists the pictures and clips below a folder, and a line for each file that cannot have a mask of its own.
+
+    Args:
+        images: the pictures and clips; sub-folders are mirrored in `masks`.
+        masks: their masks.
+        resolution: width and height of the training, pixels.
+        family: the model family, which decides the sides of buckets.
+    """
+    found = find_jobs(images, masks)
+    datasets = [plain_dataset(images, masks, resolution, video) for video in (False, True)]
+    entries = []
+    for job in found.jobs:
+        name = job.source.relative_to(images).as_posix()
+        entries.append(Entry(name, job.source, job.target, job.masks, job.is_clip, datasets[job.is_clip], family))
+    return entries, found.problems
+
+
+def entries_of_dataset(prepared: Prepared) -> list[Entry]:
+    """Lists the pictures and clips of a dataset that has a folder of masks.
+
+    Raises:
+        UserError: for a dataset without such a folder: there is nowhere to save to.
+    """
+    dataset, folder = prepared.dataset, prepared.dataset.mask_directory
+    if folder is None:
+        raise UserError(f"{dataset.name} has no mask_directory: give --masks, or the key in the dataset file", 2)
+    entries = []
+    for source in prepared.sources.values():
+        picture = source.targets[0]
+        found = source.mask or (prepared.masks.find(source.stem, dataset.is_video) if prepared.masks else None)
+        target = folder / (source.stem if dataset.is_video else f"{source.stem}.png")
+        # A mask that a line of a JSON lines file names is written where it stands.
+        if source.mask is not None and source.mask.suffix.lower() == ".png":
+            target = source.mask
+        masks = (found,) if found is not None else ()
+        entries.append(
+            Entry(picture.name, picture, target, masks, dataset.is_video, dataset, prepared.family, prepared)
+        )
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """One mask as it is on the disk: (H, W) uint8 in the size of its picture, and what tells whether it changed since."""
+
+    pixels: np.ndarray
+    version: str
+
+
+class Library:
+    """Reads pictures and masks and saves masks. Safe to call from several threads.
+
+    Args:
+        entries: the pictures and clips.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = list(entries)
+        self.copies = Copies(time.strftime("%Y%m%d-%H%M%S"))
+        self.writing = threading.Lock()
+        self._frames = functools.lru_cache(CLIPS_OPEN)(_decode_clip)
+        self._decoding = threading.Lock()
+
+    def frame_count(self, entry: Entry) -> int:
+        """Number of frames of a clip, 1 for a picture. Decodes the clip."""
+        return len(self._clip(entry)) if entry.is_clip else 1
+
+    def picture(self, entry: Entry, frame: int = 0) -> np.ndarray:
+        """(H, W, 3) uint8, as it is stored: the trainer does not turn pictures upright.
+
+        Raises:
+            UserError: naming the file that cannot be read, or the frame that it has not.
+        """
+        if not entry.is_clip:
+            return read_picture(entry.source, exif=False).rgb
+        frames = self._clip(entry)
+        if not 0 <= frame < len(frames):
+            raise UserError(f"{entry.source} has frames 0 to {len(frames) - 1}, not {frame}")
+        return frames[frame]
+
+    def _clip(self, entry: Entry) -> Sequence[np.ndarray]:
+        with self._decoding:
+            return self._frames(entry.source)
+
+    def size(self, entry: Entry) -> tuple[int, int]:
+        """(width, height) of the picture or of the frames, pixels."""
+        if entry.is_clip:
+            height, width = self.picture(entry).shape[:2]
+            return width, height
+        with open_image(entry.source) as image:
+            return image.size
+
+    def mask(self, entry: Entry, frame: int = 0) -> Opened:
+        """The mask of a picture or of one frame; black where there is none yet.
+
+        Raises:
+            UserError: naming the file that cannot be read or does not fit its picture.
+        """
+        path, size = entry.mask(), self.size(entry)
+        if path is None:
+            return Opened(np.zeros(size[::-1], np.uint8), "none")
+        if path.is_dir():
+            files = mask_frame_files(path, entry.source)
+            if frame >= len(files):
+                return Opened(np.zeros(size[::-1], np.uint8), "none")
+            path = files[frame]
+        elif entry.is_clip and path.suffix.lower() not in MASK_EXTENSIONS:
+            version = _version(path)
+            for index, pixels in enumerate(read_frames(path, clip=entry.source)):
+                if index == frame:
+                    return Opened(align_to_picture(pixels, size, path, entry.source), version)
+            return Opened(np.zeros(size[::-1], np.uint8), "none")
+        version = _version(path)
+        pixels = to_uint8(read_mask_file(path, exif=False))
+        return Opened(align_to_picture(pixels, size, path, entry.source), version)
+
+    def save(self, entry: Entry, pixels: np.ndarray, version: str | None, frame: int = 0) -> str:
+        """Writes the mask of a picture or of one frame, as 8-bit grey PNG, and keeps what was there before.
+
+        Args:
+            entry: the picture or clip.
+            pixels: (H, W) uint8, as the picture is stored.
+            version: of the mask that was opened; None writes over whatever is there now.
+            frame: of a clip.
+
+        Returns:
+            The new version.
+
+        Raises:
+            Changed: when the mask is not the one that was opened.
+            UserError: naming the file that cannot be written, or a picture that is gone.
+        """
+        size = self.size(entry)
+        if pixels.shape != size[::-1]:
+            raise UserError(f"{entry.source} is {size[0]}x{size[1]} now: open it again")
+        with self.writing:
+            if version is not None and self.mask(entry, frame).version != version:
+                raise Changed(f"the mask of {entry.name} was changed by another tab or program")
+            self.copies.keep(entry.target)
+            if entry.is_clip:
+                file = self._frame_file(entry, frame)
+            else:
+                entry.target.parent.mkdir(parents=True, exist_ok=True)
+                file = entry.target
+            orientation = 1 if entry.is_clip else exif_orientation(entry.source)
+            replace_file(file, lambda data: _save(data, pixels, orientation))
+            if not entry.is_clip:
+                self._take_others_away(entry)
+            return _version(file)
+
+    def revert(self, entry: Entry) -> bool:
+        """Puts back what was there when this session first saved the entry; False where it saved nothing."""
+        with self.writing:
+            return self.copies.restore({entry.target, *entry.masks})
+
+    def _take_others_away(self, entry: Entry) -> None:
+        """Moves masks of other names to the copies: `cache` would find two masks for one picture, or the older one first."""
+        for path in entry.masks:
+            if path != entry.target:
+                self.copies.take_away(path)
+
+    def _frame_file(self, entry: Entry, frame: int) -> Path:
+        """The PNG of a frame in the folder of the clip's mask, which is made of a still or a video if need be."""
+        if not entry.target.is_dir():
+            still = entry.mask()
+            count = self.frame_count(entry)
+            write_frames(entry.target, ((mask, DRAWN) for mask in self._all(entry, still, count)), lambda path: None)
+            self._take_others_away(entry)
+        files = mask_frame_files(entry.target, entry.source)
+        if frame >= len(files):
+            raise UserError(
+                f"{entry.target} has {len(files)} frames, not {frame + 1}: make a mask for every frame first"
+            )
+        return files[frame]
+
+    def _all(self, entry: Entry, mask: Path | None, count: int) -> Iterator[np.ndarray]:
+        """The masks of all frames: of a video, of a still that is repeated, or black."""
+        if mask is None or mask.suffix.lower() in MASK_EXTENSIONS:
+            opened = self.mask(entry)
+            yield from (opened.pixels for _ in range(count))
+            return
+        black = np.zeros(self.size(entry)[::-1], np.uint8)
+        frames = itertools.chain(read_frames(mask, clip=entry.source), itertools.repeat(black))
+        yield from itertools.islice(frames, count)
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a mask was saved by the editor: a PNG, or a folder in which it saved a frame."""
+    files = frame_files(path, MASK_EXTENSIONS) if path.is_dir() else [path]
+    return any("drawn" in (read_png_note(file) or {}) for file in files)
+
+
+def _decode_clip(source: Path) -> list[np.ndarray]:
+    frames: list[np.ndarray] = []
+    for frame in read_clip(source):
+        frames.append(frame)
+        if len(frames) > FRAMES_OPEN:
+            raise UserError(f"{source} has more than {FRAMES_OPEN} frames: cut it into shorter clips to edit its masks")
+    if not frames:
+        raise UserError(f"{source} has no frames: replace or remove it")
+    return frames
+
+
+def _save(file: BinaryIO, pixels: np.ndarray, orientation: int) -> None:
+    extra = {}
+    if orientation > 1:
+        # Programs that turn the picture upright turn its mask as well.
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        extra["exif"] = exif.tobytes()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=png_note(DRAWN), **extra)
+
+
+def _version(path: Path) -> str:
+    status = os.stat(path)
+    return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
