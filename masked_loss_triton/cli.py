@@ -31,6 +31,7 @@ EXTRAS = {
     **dict.fromkeys(("diffusers", "peft", "skimage", "sklearn", "matplotlib"), "demo"),
     **dict.fromkeys(("av", "tomli"), "cache"),
     **dict.fromkeys(("transformers", "torchvision"), "generate"),
+    "onnxruntime": "onnx",
     "ray": "ray",
     **dict.fromkeys(("starlette", "uvicorn"), "edit"),
 }

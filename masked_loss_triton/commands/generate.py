@@ -1,8 +1,9 @@
-"""`masked-loss generate`: a mask for every picture and clip, from words."""
+"""`masked-loss generate`: a mask for every picture and clip, of what words say or of what stands out."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,22 +16,22 @@ if TYPE_CHECKING:
     from masked_loss_triton.generate.summary import Summary
 
 HELP = (
-    "Make a mask for every picture and clip, from words: Florence-2 finds, SAM 2 cuts out; or GrabCut, without weights."
+    "Make a mask for every picture and clip: of what words say (Florence-2 and SAM 2), or of what stands out (U2-Net)."
 )
 EXAMPLE = (
-    'masked-loss generate --input_dir photos --output_dir masks --text_prompt "person"\n'
-    '  masked-loss generate --input_dir photos --output_dir masks --text_prompt "face=1.0" "body=0.5" --exclude_prompt "hand"\n'
-    "  masked-loss generate --input_dir photos --output_dir masks --backend grabcut"
+    "masked-loss generate --input_dir photos --output_dir masks\n"
+    '  masked-loss generate --input_dir photos --output_dir masks --text_prompt "person"\n'
+    '  masked-loss generate --input_dir photos --output_dir masks --text_prompt "face=1.0" "body=0.5" --exclude_prompt "hand"'
 )
 # Flags that are fields of MaskRequest and of Generation, by the same name.
 REQUEST = ("select", "min_score", "min_mask_score", "min_size", "padding", "blur", "invert")
-GENERATION = ("backend", "device", "dtype", "batch_size", "key_interval", "no_detection", "overwrite", "debug")
+GENERATION = ("device", "dtype", "batch_size", "key_interval", "no_detection", "overwrite", "debug")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.arguments import add_workers_argument
     from masked_loss_triton.commands.farm import add_engine_arguments, add_shard_argument
-    from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, add_backend_arguments
+    from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, WORDLESS, add_backend_arguments
 
     parser.add_argument(
         "--input_dir", required=True, metavar="DIR", help="pictures and clips; sub-folders are mirrored"
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default=DEFAULT,
         metavar="NAME",
-        help=f"DETECTOR+SEGMENTER of {', '.join(DETECTORS)} and {', '.join(SEGMENTERS)} (default {DEFAULT}); "
-        "grabcut is box+grabcut: it needs no weights and reads no words",
+        help=f"DETECTOR+SEGMENTER of {', '.join(DETECTORS)} and {', '.join(SEGMENTERS)}; u2net is both, grabcut is "
+        f"box+grabcut; {' and '.join(WORDLESS)} read no words (default: florence2+sam2 with words, u2net without)",
     )
     _add_what(parser.add_argument_group("what is found"))
     _add_pixels(parser.add_argument_group("what is done to the mask, in this order"))
@@ -223,33 +224,40 @@ def _draw(name: Path, jobs: list[Job], args: argparse.Namespace, summary: Summar
 def _generation(args: argparse.Namespace) -> Generation:
     from pathlib import Path
 
-    from masked_loss_triton.generate.backends import split_backend
+    from masked_loss_triton.files.progress import printable
+    from masked_loss_triton.generate.backends import DEFAULT, flags_of
     from masked_loss_triton.generate.batches import Generation
+    from masked_loss_triton.generate.choice import choose_backend
 
-    names = split_backend(args.backend)
+    backend, models = args.backend, dict(sorted(vars(args).items()))
+    if backend == DEFAULT:
+        backend, why = choose_backend(bool(args.text_prompt or args.exclude_prompt), models)
+        if why:
+            print(printable(f"masked-loss generate: {why}"), file=sys.stderr, flush=True)
     return Generation(
-        request=_request(args, names[0]),
+        request=_request(args, backend),
         output_dir=Path(args.output_dir),
-        # Flags of other backends than the one that is used do not count.
-        models={
-            key: value for key, value in sorted(vars(args).items()) if key.startswith(tuple(f"{n}_" for n in names))
-        },
+        backend=backend,
+        models=flags_of(backend, models),  # those of other backends do not count
         **{field: getattr(args, field) for field in GENERATION},
     )
 
 
-def _request(args: argparse.Namespace, detector: str) -> MaskRequest:
+def _request(args: argparse.Namespace, backend: str) -> MaskRequest:
     from masked_loss_triton.errors import UserError
+    from masked_loss_triton.generate.backends import WORDLESS, split_backend
     from masked_loss_triton.generate.prompts import MaskRequest, parse_prompts
 
-    texts = args.text_prompt
-    if detector == "box":
-        if len(texts) > 1 or args.exclude_prompt:
+    texts, detector = args.text_prompt, split_backend(backend)[0]
+    if detector in WORDLESS:
+        if texts or args.exclude_prompt:
+            flag = "--text_prompt" if texts else "--exclude_prompt"
             raise UserError(
-                f"--backend {args.backend} reads no words, only --reference_box: give one prompt or none, and exclude nothing",
+                f"--backend {backend} reads no words, it masks {WORDLESS[detector]}: leave out {flag}, or take a backend that "
+                "reads them (florence2+sam2, florence2+u2net)",
                 2,
             )
-        texts = texts or ["subject"]
+        texts = [WORDLESS[detector]]
     elif not texts:
         raise UserError('say what to look for: --text_prompt "person"', 2)
     prompts, exclude = parse_prompts(texts, args.exclude_prompt)

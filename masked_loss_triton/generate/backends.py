@@ -19,32 +19,37 @@ from masked_loss_triton.generate.prompts import MaskRequest
 
 DETECTORS = {
     "florence2": "masked_loss_triton.generate.florence2",
+    "u2net": "masked_loss_triton.generate.saliency",
     "box": "masked_loss_triton.generate.box",
 }
 SEGMENTERS = {
     "sam2": "masked_loss_triton.generate.sam2",
+    "u2net": "masked_loss_triton.generate.saliency",
     "grabcut": "masked_loss_triton.generate.grabcut",
 }
-ALIASES = {"grabcut": "box+grabcut"}
-DEFAULT = "florence2+sam2"
+ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
+DEFAULT = "auto"
+# Detectors that read no words, and what their one layer is called.
+WORDLESS = {"u2net": "what stands out", "box": "the box"}
+ON_THE_CPU = ("u2net", "box", "grabcut")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """A box round something, and how sure the detector is of it, 0 to 1."""
+    """A box round something, and how sure the detector is of it, 0 to 1; None for a box that was given and not detected."""
 
     box: Box
-    score: float
+    score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutout:
-    """What a segmenter cut out, (H, W) bool, and how good it thinks that is, 0 to 1."""
+    """What a segmenter cut out, (H, W) bool, and how good it thinks that is, 0 to 1; None where it does not judge itself."""
 
     mask: np.ndarray
-    score: float
+    score: float | None
 
 
 class Detector(Protocol):
@@ -58,10 +63,12 @@ class Detector(Protocol):
 class Segmenter(Protocol):
     """Cuts out what is in boxes, and follows it through a clip. Safe to call from several threads.
 
-    `workers` is the number of batches that are worth working on at once.
+    `workers` is the number of batches that are worth working on at once. Where it `remembers`, what it followed to a frame in
+    which things are found anew is joined to what is found there.
     """
 
     workers: int
+    remembers: bool
 
     def segment(self, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[Cutout]]:
         """Cuts out what is in each box of each picture, (H, W, 3) uint8."""
@@ -74,13 +81,13 @@ class Segmenter(Protocol):
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all detectors and segmenters, a group for each."""
-    for kind, table in (("detector", DETECTORS), ("segmenter", SEGMENTERS)):
-        for name, module in table.items():
-            importlib.import_module(module).add_arguments(parser.add_argument_group(f"{kind} {name}"))
+    for name, module in {**DETECTORS, **SEGMENTERS}.items():
+        kinds = [kind for kind, table in (("detector", DETECTORS), ("segmenter", SEGMENTERS)) if name in table]
+        importlib.import_module(module).add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
 
 
 def split_backend(backend: str) -> tuple[str, str]:
-    """Returns the names of the detector and the segmenter of a backend.
+    """Returns the names of the detector and the segmenter of a backend, other than "auto".
 
     Raises:
         UserError: for a backend that does not exist.
@@ -118,8 +125,8 @@ def load_backend(
     """
     loaded: list[Any] = []
     problems: list[UserError] = []
-    for name, module in zip(split_backend(backend), _modules(backend), strict=True):
-        flags = {key: value for key, value in (models or {}).items() if key.startswith(f"{name}_")}
+    for module in _modules(backend):
+        flags = flags_of(module, models or {})
         try:
             loaded.append(module.load(request, device=device, dtype=dtype, batch_size=batch_size, **flags))
         except UserError as error:
@@ -127,8 +134,15 @@ def load_backend(
     if problems:
         # The same sentence twice (no transformers) is said once.
         said = "; ".join(dict.fromkeys(map(str, problems)))
-        raise UserError(f"{said} (--backend grabcut needs no weights)", problems[0].exit_status)
+        raise UserError(f"{said} (--backend grabcut needs no weights, and reads no words)", problems[0].exit_status)
     return loaded[0], loaded[1]
+
+
+def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the flags that belong to a backend, or to one of its modules: they begin with the module's name."""
+    modules = _modules(backend) if isinstance(backend, str) else [backend]
+    prefixes = tuple(f"{module.__name__.rpartition('.')[2]}_" for module in modules)
+    return {key: value for key, value in models.items() if key.startswith(prefixes)}
 
 
 def _modules(backend: str) -> list[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.notes import read_png_note
 from masked_loss_triton.files.parallel import run_parallel
-from masked_loss_triton.generate.backends import DEFAULT, load_backend
+from masked_loss_triton.generate.backends import load_backend
 from masked_loss_triton.generate.engine import Engine, FrameMask
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import (
@@ -52,12 +52,14 @@ class Done:
             a mask or contact sheet of an earlier run; "problem".
         message: what is wrong, one line.
         mean: mean weight of the mask that was written, 0 to 1.
+        detected: whether what it shows was detected: False where a box was given.
     """
 
     job: Job
     status: str
     message: str = ""
     mean: float = 0.0
+    detected: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Generation:
     Args:
         request: what is looked for, and how it becomes a mask.
         output_dir: the folder of the masks.
-        backend: DETECTOR+SEGMENTER.
+        backend: DETECTOR+SEGMENTER, see `choose_backend`.
         models: the flags of the detector and the segmenter, by name: {"sam2_model": "facebook/sam2.1-hiera-small"}.
         device, dtype: of the models.
         batch_size: pictures for the models at once.
@@ -81,7 +83,7 @@ class Generation:
 
     request: MaskRequest
     output_dir: Path
-    backend: str = DEFAULT
+    backend: str = "florence2+sam2"
     models: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
@@ -106,8 +108,8 @@ class Generation:
         return self.output_dir / COPIES / self.started
 
     def note(self) -> dict[str, Any]:
-        """What is written into each mask beside what was found. Folders of weights by name: where they lie is private."""
-        models = {key: Path(value).name if os.path.isdir(str(value)) else value for key, value in self.models.items()}
+        """What is written into each mask beside what was found. Files and folders by name: where they lie is private."""
+        models = {key: Path(value).name if is_path(key, value) else value for key, value in self.models.items()}
         return {
             "backend": self.backend,
             **self.request.note(),
@@ -146,6 +148,11 @@ class Generation:
                 batch = []
         if batch:
             yield batch
+
+
+def is_path(flag: str, value: Any) -> bool:
+    """Whether the value of a backend's flag is a file or folder that is there."""
+    return flag.endswith(("_model", "_dir")) and os.path.exists(value)
 
 
 def generate_masks(jobs: Sequence[Job], generation: Generation) -> Iterator[Done]:
@@ -202,8 +209,9 @@ class Worker:
         self._clear(job, but=mask)
         frames = read_frames(mask) if job.is_clip else [to_uint8(read_mask_file(mask))]
         means = [float(frame.mean()) / 255 for frame in frames]
-        status = "nothing" if (read_note(mask) or {}).get("fallback") else "written"
-        return Done(job, status, mean=sum(means) / len(means))
+        note = read_note(mask) or {}
+        detected = any(one["score"] is not None for one in note.get("found", ()))
+        return Done(job, "nothing" if note.get("fallback") else "written", "", sum(means) / len(means), detected)
 
     def _passed_over(self, job: Job) -> Done | None:
         """What becomes of a job without looking at its picture, or None for one that is to be worked on.
@@ -252,15 +260,18 @@ class Worker:
         self.replacement.keep_copy(job.target)
         write_mask(job.target, mask, note, exif_orientation(job.source))
         self._clear(job, but=job.target)
-        return Done(job, status, mean=float(mask.mean()) / 255)
+        return Done(job, status, mean=float(mask.mean()) / 255, detected=result.detected)
 
     def _clip(self, job: Job) -> Done:
         means: list[float] = []
+        detected = False
 
         def masks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+            nonlocal detected
             found_any = False
             for result in self.engine.masks_of_clip(read_clip(job.source)):
                 found_any |= result.found_any(self.engine.request)
+                detected |= result.detected
                 means.append(float(result.mask.mean()) / 255)
                 yield result.mask, self._note_of(result)
             if not means:
@@ -278,7 +289,7 @@ class Worker:
             shapes = (frame.shape[:2] for frame in read_clip(job.source))
             self._write_clip(job, ((np.full(shape, grey, np.uint8), note) for shape in shapes))
             return Done(job, "nothing", mean=grey / 255)
-        return Done(job, "written", mean=sum(means) / len(means))
+        return Done(job, "written", mean=sum(means) / len(means), detected=detected)
 
     def _write_clip(self, job: Job, frames: Iterable[tuple[np.ndarray, dict[str, Any]]]) -> None:
         if job.target.name == f"{job.source.stem}.mkv":
@@ -302,8 +313,8 @@ class Worker:
             {
                 "words": words,
                 "box": [round(float(edge), 1) for edge in one.box],
-                "score": round(one.score, 3),
-                "mask_score": round(one.mask_score, 3),
+                "score": None if one.score is None else round(one.score, 3),
+                "mask_score": None if one.mask_score is None else round(one.mask_score, 3),
             }
             for words, instances in result.found.items()
             for one in instances

@@ -21,7 +21,7 @@ def load(request: MaskRequest, **_: Any) -> BoxDetector:
 
 
 class BoxDetector:
-    """Finds the same box, given as fractions of the picture, whatever the words are."""
+    """Returns the same box, given as fractions of the picture, for whatever words: it detects nothing."""
 
     def __init__(self, fractions: tuple[float, float, float, float]) -> None:
         self.fractions = fractions
@@ -33,5 +33,5 @@ class BoxDetector:
         for picture in pictures:
             height, width = picture.shape[:2]
             box = (round(left * width), round(top * height), round(right * width), round(bottom * height))
-            found.append([[Detection(box, 1.0)] for _ in words])
+            found.append([[Detection(box, None)] for _ in words])
         return found

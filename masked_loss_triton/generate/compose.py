@@ -17,13 +17,14 @@ from masked_loss_triton.masks.operations import blur, dilate
 class Instance:
     """One thing that was found for some words.
 
-    mask: (H, W) bool. box: pixels. score, mask_score: what detector and segmenter think of it, 0 to 1.
+    mask: (H, W) bool. box: pixels. score, mask_score: what detector and segmenter think of it, 0 to 1, or None: see `Detection`
+    and `Cutout`.
     """
 
     mask: np.ndarray
     box: Box
-    score: float
-    mask_score: float
+    score: float | None
+    mask_score: float | None
 
 
 def choose(instances: Sequence[Instance], request: MaskRequest, select: str) -> list[Instance]:
@@ -34,13 +35,20 @@ def choose(instances: Sequence[Instance], request: MaskRequest, select: str) -> 
     left = [
         one
         for one in instances
-        if one.mask_score >= request.min_mask_score and one.mask.any() and one.mask.mean() >= request.min_size
+        if good_enough(one.mask_score, request.min_mask_score)
+        and one.mask.any()
+        and one.mask.mean() >= request.min_size
     ]
     if select == "largest" and left:
         return [max(left, key=lambda one: int(one.mask.sum()))]
     if select == "nearest" and left:
         return [min(left, key=lambda one: _distance(one, request.reference_box))]
     return left
+
+
+def good_enough(score: float | None, least: float) -> bool:
+    """Whether a score is at least this; where nobody judged, it counts."""
+    return score is None or score >= least
 
 
 def _distance(instance: Instance, reference: Box) -> float:

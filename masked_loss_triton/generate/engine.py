@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from masked_loss_triton.generate.backends import Detector, Segmenter
-from masked_loss_triton.generate.compose import Instance, choose, compose
+from masked_loss_triton.generate.compose import Instance, choose, compose, good_enough
 from masked_loss_triton.generate.prompts import MaskRequest
 
 Found = dict[str, list[Instance]]  # by words; words without an instance are not in it
@@ -24,6 +24,11 @@ class FrameMask:
     def found_any(self, request: MaskRequest) -> bool:
         """Whether any prompt was found; exclusions do not count."""
         return any(prompt.words in self.found for prompt in request.prompts)
+
+    @property
+    def detected(self) -> bool:
+        """Whether a detector had any of it: a box that was given is not detected."""
+        return any(one.score is not None for instances in self.found.values() for one in instances)
 
 
 class Engine:
@@ -43,7 +48,7 @@ class Engine:
         """Finds what is in each picture, (H, W, 3) uint8, and chooses the instances that count."""
         words = self.request.words
         detections = [
-            [[one for one in found if one.score >= self.request.min_score] for found in by_words]
+            [[one for one in found if good_enough(one.score, self.request.min_score)] for found in by_words]
             for by_words in self.detector.detect(pictures, words)
         ]
         flat = [[one for found in by_words for one in found] for by_words in detections]
@@ -98,11 +103,14 @@ class Engine:
             first, found = chunk[-1], after
 
     def _between(self, chunk: list[np.ndarray], before: Found, after: Found) -> Iterator[dict[str, list[np.ndarray]]]:
-        """The masks of all frames of a chunk but its last one, by words."""
+        """The masks of all frames of a chunk but its last one, by words. Joins what is remembered there to `after`."""
         new = {words: instances for words, instances in after.items() if words not in before}
         backwards = list(self._follow(chunk[::-1], new))[:0:-1] if new else [{}] * (len(chunk) - 1)
-        for ahead, back in zip(self._follow(chunk[:-1], before), backwards, strict=True):
-            yield {**ahead, **back}
+        followed = self._follow(chunk if self.segmenter.remembers else chunk[:-1], before)
+        for back in backwards:
+            yield {**next(followed), **back}
+        for remembered in followed:
+            _join(after, remembered)
 
     def _follow(self, frames: list[np.ndarray], found: Found) -> Iterator[dict[str, list[np.ndarray]]]:
         if not found:
@@ -115,6 +123,17 @@ class Engine:
             for words, mask in zip(owners, masks, strict=True):
                 by_words.setdefault(words, []).append(mask)
             yield by_words
+
+
+def _join(found: Found, remembered: dict[str, list[np.ndarray]]) -> None:
+    """Adds each mask to the instance of the same words that it overlaps most, where it overlaps one."""
+    for words, masks in remembered.items():
+        instances = found.get(words, [])
+        for mask in masks:
+            shared = [int((one.mask & mask).sum()) for one in instances]
+            if any(shared):
+                most = shared.index(max(shared))
+                instances[most] = dataclasses.replace(instances[most], mask=instances[most].mask | mask)
 
 
 def _masks(found: Found) -> dict[str, list[np.ndarray]]:

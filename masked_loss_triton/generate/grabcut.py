@@ -34,13 +34,15 @@ def load(request: MaskRequest, **_: Any) -> GrabCut:
 class GrabCut:
     """Segments by colours: see `Segmenter`."""
 
+    remembers = False
+
     def __init__(self) -> None:
         self.workers = max(1, default_workers() // 4)  # it computes all the time: one thread per core
 
     def segment(self, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[list[Cutout]]:
-        """See `Segmenter`. It does not judge itself: the score is 1."""
+        """See `Segmenter`. It does not judge itself."""
         return [
-            [Cutout(cut_out_box(picture, box), 1.0) for box in inside]
+            [Cutout(cut_out_box(picture, box), None) for box in inside]
             for picture, inside in zip(pictures, boxes, strict=True)
         ]
 

@@ -37,6 +37,7 @@ class Sam2Segmenter:
     """See `Segmenter`. One thread uses the model while two others read and write files."""
 
     workers = 3
+    remembers = False
 
     def __init__(self, model: str, device: str, dtype: str) -> None:
         self.name, self.device, self.dtype = model, device, dtype

@@ -91,6 +91,8 @@ def _found(note: dict[str, Any], mask_path: Path | None) -> str:
         return "NO MASK: nothing was found, or it could not be made"
     if not note:
         return "made by hand or by another program"
+    if note["found"] and all(one["score"] is None for one in note["found"]):
+        return "nothing was looked for: cut out of the box that was given"
     counts: dict[str, list[float]] = {}
     for one in note["found"]:
         counts.setdefault(one["words"], []).append(one["score"])

@@ -26,6 +26,7 @@ class Summary:
     def __init__(self) -> None:
         self.present, self.other_settings = 0, 0
         self.means: list[float] = []
+        self.undetected = 0
         self.nothing: list[str] = []
         self.problems: list[str] = []
         self.drawn: list[str] = []
@@ -49,6 +50,7 @@ class Summary:
         """Counts one job; `say` prints its problem."""
         if done.status == "written":
             self.means.append(done.mean)
+            self.undetected += not done.detected
         elif done.status == "nothing":
             self.nothing.append(str(done.job.source))
         elif done.status == "kept":
@@ -83,6 +85,8 @@ class Summary:
         if self.means:
             mean = sum(self.means) / len(self.means)
             print(f"Mean weight {mean:.1%}, {min(self.means):.1%} to {max(self.means):.1%}")
+        if self.undetected:
+            print(f"{self.undetected} of a box that was given: nothing was looked for; look at them")
         for name in sorted(self.nothing):
             print(printable(f"Nothing found: {name}"))
         for name in sorted(self.drawn)[:MOST_NAMES]:

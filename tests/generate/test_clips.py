@@ -34,6 +34,7 @@ class Columns:
     """Cuts out the column of the box. Following moves it one to the right in each frame, or to the left when time runs back."""
 
     workers = 1
+    remembers = False
 
     def __init__(self) -> None:
         self.longest = 0
@@ -67,9 +68,9 @@ def clip(length: int, **where) -> list[np.ndarray]:
     return frames
 
 
-def run(frames, interval, **options):
+def run(frames, interval, segmenter=None, **options):
     options.setdefault("prompts", (Prompt("red", 1.0), Prompt("green", 0.5)))
-    detector, segmenter = Colours(), Columns()
+    detector, segmenter = Colours(), segmenter or Columns()
     results = list(Engine(detector, segmenter, MaskRequest(**options), interval).masks_of_clip(iter(frames)))
     assert len(results) == len(frames)
     assert segmenter.longest <= interval + 1
@@ -111,6 +112,23 @@ def test_each_thing_has_its_own_direction():
     both = [np.maximum(expected(t), expected(t, 128)) for t in range(4)]
     assert all(np.array_equal(mask, one) for mask, one in zip(masks, both, strict=False))
     assert np.array_equal(masks[4], expected(4, 128)), "the red one is no longer there in the last key frame"
+
+
+class Wide(Columns):
+    """Remembers one more column on the left than it cuts out."""
+
+    remembers = True
+
+    def follow(self, frames, masks) -> Iterator[list[np.ndarray]]:
+        for number, followed in enumerate(super().follow(frames, masks)):
+            yield [mask | np.roll(mask, -min(number, 1), axis=1) for mask in followed]
+
+
+def test_what_is_remembered_joins_what_is_found_anew_where_they_overlap():
+    masks, _, results = run(clip(9, red=(0, 4), green=(8, 8)), 4, Wide())
+    assert np.array_equal(masks[4], expected(4) | expected(3)), "found in this key frame, and remembered from before"
+    assert [instance.mask.sum() for instance in results[4].found["red"]] == [2 * (SHAPE[0] - 1)]
+    assert np.array_equal(masks[8], expected(8, 128)), "red is remembered, but no longer found: it is not brought back"
 
 
 def test_exclusion_holds_in_every_frame():

@@ -148,21 +148,23 @@ def test_nothing_of_the_wanted_size_is_listed(folder, capsys):
 
 def test_a_mask_says_what_it_was_made_with(folder):
     save(folder / "in" / "a.png")
-    assert generate(folder, "--reference_box", "0.1", "0.2", "0.9", "0.8", "--text_prompt", "subject=0.5") == 0
+    assert generate(folder, "--reference_box", "0.1", "0.2", "0.9", "0.8", "--invert") == 0
     image = Image.open(folder / "out" / "a.png")
-    assert set(np.unique(np.array(image))) == {0, 128}
+    assert set(np.unique(np.array(image))) == {0, 255}
     note = json.loads(image.info["masked_loss_triton"])
     assert note["backend"] == "grabcut"
-    assert note["text_prompt"] == ["subject=0.5"]
-    assert note["found"] == [{"words": "subject", "box": [10, 13, 86, 51], "score": 1.0, "mask_score": 1.0}]
+    assert note["invert"]
+    # Nobody detected anything, and GrabCut does not judge itself.
+    assert note["found"] == [{"words": "the box", "box": [10, 13, 86, 51], "score": None, "mask_score": None}]
     assert not any(str(folder) in str(value) for value in note.values())
 
 
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--text_prompt", "a", "b"], "reads no words"),
-        (["--exclude_prompt", "a"], "reads no words"),
+        (["--text_prompt", "cat"], "--backend grabcut reads no words, it masks the box: leave out --text_prompt"),
+        (["--exclude_prompt", "a"], "leave out --exclude_prompt"),
+        (["--backend", "u2net", "--text_prompt", "cat"], "u2net reads no words, it masks what stands out"),
         (["--batch_size", "0"], "--batch_size must be 1 or more"),
         (["--backend", "yolo"], "--backend yolo: write DETECTOR+SEGMENTER"),
         (["--backend", "florence2+sam2"], "say what to look for"),
@@ -281,7 +283,8 @@ def test_the_contact_sheet_shows_everything(folder, capsys):
     assert "show 3 of 4" in capsys.readouterr().out
     page = (folder / "look" / "here.html").read_text()
     assert page.count("<img") == 3
-    assert "subject x1" in page
+    assert "nothing was looked for: cut out of the box that was given" in page
+    assert "found:" not in page
     with Image.open(folder / "look" / "here.png") as sheet:
         assert sheet.size[0] > 500
     assert "sheet" not in " ".join(contents(folder / "out"))
@@ -353,10 +356,10 @@ main(["generate", "--input_dir", {str(folder / "in")!r}, "--output_dir", {str(fo
     assert [path.name for path in (folder / "out").iterdir()] == ["clip"]
     assert len(list((folder / "out" / "clip").iterdir())) == 6
     assert mask_files.read_note(folder / "out" / "clip")["backend"] == "grabcut"
-    assert generate(folder, "--overwrite", "--text_prompt", "subject=0.5") == 0
+    assert generate(folder, "--overwrite", "--invert") == 0
     assert [path.name for path in (folder / "out").iterdir()] == ["clip"]
     with Image.open(folder / "out" / "clip" / "000005.png") as mask:
-        assert np.array(mask).max() == 128
+        assert np.array(mask)[0, 0] == 255
 
 
 @pytest.mark.slow
