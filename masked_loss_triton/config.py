@@ -36,6 +36,7 @@ FLOORS: tuple[str, ...] = get_args(Floor)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 PRESETS: tuple[str, ...] = get_args(Preset)
+LARGEST_BLUR = 1023  # no latents are larger, and the work grows with it
 
 
 def _number(field: str, value: Any, expected: str) -> float:
@@ -83,7 +84,7 @@ class MaskedLossConfig:
             antialiasing. Frames: as they are, one mask repeated over all frames, or averaged by area.
         binarize: None, or a threshold in [0, 1): the mask becomes 1 where it is above the threshold and 0 elsewhere.
         invert: weight what the mask leaves out.
-        blur_kernel_size: 0 (off) or the odd width, in loss positions, of a Gaussian over height and width.
+        blur_kernel_size: 0 (off) or the odd width, in loss positions, of a Gaussian over height and width; at most 1023.
         gamma: the mask is raised to this power, > 0. Below 1 lifts grey values, above 1 lowers them.
         min_weight: floor of the weights, in [0, 1).
         floor: "affine": m (1 - u) + u; "clamp": max(m, u).
@@ -151,8 +152,10 @@ class MaskedLossConfig:
         size = self.blur_kernel_size
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"blur_kernel_size must be 0 or an odd integer, got {size!r} ({type(size).__name__})")
-        if size < 0 or (size > 0 and size % 2 == 0):
-            raise ValueError(f"blur_kernel_size must be 0 (off) or an odd integer >= 1, got {size!r}")
+        if not 0 <= size <= LARGEST_BLUR or (size > 0 and size % 2 == 0):
+            raise ValueError(
+                f"blur_kernel_size must be 0 (off) or an odd integer from 1 to {LARGEST_BLUR}, got {size!r}"
+            )
 
     def replace(self, **changes: Any) -> MaskedLossConfig:
         """A copy with some fields changed, validated again."""

@@ -32,6 +32,7 @@ from masked_loss_triton.config import PRESETS
         ("eps", 0.0, ValueError),
         ("blur_kernel_size", 4, ValueError),
         ("blur_kernel_size", -3, ValueError),
+        ("blur_kernel_size", 1_000_001, ValueError),  # it would never end
         ("blur_kernel_size", 3.0, TypeError),
         ("invert", 1, TypeError),
         ("per_sample", "yes", TypeError),

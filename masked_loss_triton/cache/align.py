@@ -206,7 +206,8 @@ def compute_clip_weights(
 
 
 def length_differs(mask: Path, clip: Path | None) -> str:
-    """Returns what to tell of a mask and a clip of different numbers of frames; nothing where they are equal or not known."""
+    """Returns what to tell of a mask and a clip of different numbers of frames; nothing where they are equal or a video is
+    damaged."""
     if clip is None or not clip.exists():
         return ""
     frames, wanted = mask_frame_count(mask), clip_frame_count(clip)

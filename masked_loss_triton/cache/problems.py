@@ -145,7 +145,7 @@ def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> Cac
         return CacheFindings([*found, problem(prepared, "cache", item.path, note)], masked=True)
     values = file.read(names[0])
     if not np.all((values >= 0) & (values <= 1)):  # also where they are no numbers
-        note = "its weights are not all between 0 and 1: run masked-loss cache --force"
+        note = "its weights are not all between 0 and 1: run masked-loss cache again"
         found.append(problem(prepared, "cache", item.path, note))
     elif not np.any(values):
         found.append(problem(prepared, "empty", item.path, "its weights are 0 everywhere: the crop left the mask out"))
@@ -224,7 +224,7 @@ def check_lists(prepared: Prepared) -> list[Problem]:
         for stem, path in sorted(prepared.masks.stems(dataset.is_video).items()):
             if stem not in known:
                 found.append(problem(prepared, "unused", path, f"no picture or clip is called {stem}"))
-        for first, second in prepared.masks.ambiguous:
+        for first, second in prepared.masks.pairs(dataset.is_video):
             found.append(problem(prepared, "ambiguous", second, f"{first.name} is used"))
     note = "save it as PNG, or a video as MP4"
     found += [problem(prepared, "unread", path, note) for path in unread_of(prepared)]

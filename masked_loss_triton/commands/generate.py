@@ -137,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
 
     from masked_loss_triton.commands.farm import ray_options, shard_of
     from masked_loss_triton.errors import UserError
+    from masked_loss_triton.files.atomic import remove_leftovers_below
     from masked_loss_triton.files.folders import check_folder_is_writable
     from masked_loss_triton.files.shard import shard_lock
-    from masked_loss_triton.generate.jobs import clear_leftovers
     from masked_loss_triton.generate.sheet import choose_sheet_name
     from masked_loss_triton.generate.summary import Summary
 
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     check_folder_is_writable(output, "--output_dir")
     summary = Summary()
     with shard_lock(output, "masked-loss generate", shard, ray["run"] if ray is not None else ""):
-        clear_leftovers(output)
+        remove_leftovers_below(output)
         found = _find(args, shard)  # again: another run may have had the lock until now
         for problem in found.problems:
             summary.add_problem(problem)

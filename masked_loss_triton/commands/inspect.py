@@ -14,9 +14,6 @@ EXAMPLE = (
     "  masked-loss inspect --cache cache_folder --out sheet"
 )
 
-# Cells of the latents; the largest sides that caches have are below.
-MAX_BLUR = 1023
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.arguments import add_dataset_arguments
@@ -92,8 +89,6 @@ def _config(args: argparse.Namespace) -> MaskedLossConfig:
     from masked_loss_triton.config import MaskedLossConfig
     from masked_loss_triton.errors import UserError
 
-    if args.mask_blur_kernel_size > MAX_BLUR:
-        raise UserError(f"--mask_blur_kernel_size must be at most {MAX_BLUR}, got {args.mask_blur_kernel_size}", 2)
     try:
         return MaskedLossConfig(
             invert=args.invert_mask,

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from masked_loss_triton.files.atomic import remove_leftovers_below
     from masked_loss_triton.files.folders import check_folder_is_writable
     from masked_loss_triton.files.locks import folder_lock
     from masked_loss_triton.files.progress import Progress, printable
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         folder_lock(conversion.written_folders, "masked-loss to-alpha"),
         Progress("to-alpha", len(files)) as progress,
     ):
+        for folder in conversion.written_folders:
+            remove_leftovers_below(folder)
         for one in convert_folder(conversion, files):
             converted.append(one)
             progress.advance()

@@ -25,7 +25,8 @@ from masked_loss_triton.files.locks import NO_FOLLOW, machine, try_lock
 # Not *.safetensors or *.png: the trainers look for files by their ending and would train on half a file.
 TEMPORARY = re.compile(r"\.(?P<name>.*)\.(?P<machine>[A-Za-z0-9-]+)\.[0-9a-f]{16}\.masktmp", re.DOTALL)
 TWO_SECONDS = 2_000_000_000  # ns; the step of time on FAT
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
+NO_FILE = ()  # the identity of what is not there
 
 
 def temporary_name(path: Path) -> Path:
@@ -48,7 +49,7 @@ def replace_file(
     Args:
         path: the file; its folder exists.
         write: gets the new file, empty.
-        expected: the `identity` of the file that may be replaced; another one stays.
+        expected: the `identity` of the file that may be replaced; another one stays. `NO_FILE`: none may be there.
         keep_times: for a file that is edited and not made anew: the time of the last access stays, that of the last change
             moves on by two seconds only, so that dates keep their meaning and programs that compare length and time
             (rsync, backups) still see that it changed.
@@ -86,6 +87,10 @@ def _move(temporary: Path, target: Path, expected: tuple[int, ...] | None, path:
     if expected is None:
         os.replace(temporary, target)
         return
+    if expected == NO_FILE:
+        if not _move_to_free_name(temporary, target):
+            raise changed_meanwhile(path)
+        return
     with open(target, "rb") as file:  # a network file system looks at the server when a file is opened
         if identity(os.fstat(file.fileno())) != expected:
             raise changed_meanwhile(path)
@@ -97,13 +102,36 @@ def _move(temporary: Path, target: Path, expected: tuple[int, ...] | None, path:
         raise changed_meanwhile(path)
 
 
+def _move_to_free_name(temporary: Path, target: Path) -> bool:
+    """Gives a file a name that nobody has, in one step where the file system can; False where somebody has it."""
+    if _rename(temporary, target, RENAME_NOREPLACE):
+        return True
+    try:
+        if os.name == "nt":
+            os.rename(temporary, target)
+        else:
+            os.link(temporary, target)  # its old name is removed with all that is temporary
+    except FileExistsError:
+        return False
+    except OSError:  # no second names there (FAT)
+        if os.path.lexists(target):
+            return False
+        os.replace(temporary, target)
+    return True
+
+
 def _exchange(first: Path, second: Path) -> bool:
     """Swaps two files in one step, so that none is lost whatever it is; False where the system or file system cannot."""
+    return _rename(first, second, RENAME_EXCHANGE)
+
+
+def _rename(first: Path, second: Path, flags: int) -> bool:
+    """renameat2 of Linux; False where it is absent or refuses."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+    return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), flags) == 0
 
 
 def changed_meanwhile(path: str | os.PathLike[str]) -> UserError:
@@ -273,6 +301,13 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> int:
                 with contextlib.suppress(OSError):
                     removed += _remove_if_dead(entry)
     return removed
+
+
+def remove_leftovers_below(folder: str | os.PathLike[str]) -> None:
+    """Deletes what killed runs left in a folder and in all below it, as `remove_leftovers` does."""
+    for place, folders, _ in os.walk(folder):
+        remove_leftovers(place)
+        folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
 
 
 def _remove_if_dead(entry: os.DirEntry[str]) -> bool:

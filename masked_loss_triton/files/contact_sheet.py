@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import replace_file
-from masked_loss_triton.files.notes import png_note
+from masked_loss_triton.files.notes import png_note, read_png_note
 
 PANEL = 224  # longest side of a panel, pixels
 STRIP = 140  # longest side of a frame of the strip, pixels
@@ -168,9 +169,13 @@ def save_sheet(name: Path, title: str, cards: list[Card], images: list[Image.Ima
     """Writes the cards as NAME.png and as NAME.html, making their folder.
 
     Raises:
-        UserError: naming the file that cannot be written.
+        UserError: naming the file that cannot be written, or that is no contact sheet and would be replaced.
     """
     png, page_file = Path(f"{name}.png"), Path(f"{name}.html")
+    if "contact_sheet" not in (read_png_note(png) or {}):
+        for file in (png, page_file):
+            if os.path.lexists(file):
+                raise UserError(f"{file} is there and is no contact sheet: give the sheet another name, or remove it")
     try:
         png.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

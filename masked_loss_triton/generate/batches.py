@@ -257,8 +257,8 @@ class Worker:
                 self._clear(job)
                 return Done(job, status)
             mask, note = np.full_like(mask, self.fallback), {**note, "fallback": True}
-        self.replacement.keep_copy(job.target)
-        write_mask(job.target, mask, note, exif_orientation(job.source))
+        expected = self.replacement.keep_copy(job.target)
+        write_mask(job.target, mask, note, exif_orientation(job.source), expected=expected)
         self._clear(job, but=job.target)
         return Done(job, status, mean=float(mask.mean()) / 255, detected=result.detected)
 
@@ -293,14 +293,10 @@ class Worker:
 
     def _write_clip(self, job: Job, frames: Iterable[tuple[np.ndarray, dict[str, Any]]]) -> None:
         if job.target.name == f"{job.source.stem}.mkv":
-            write_video(job.target, self._then_copied(frames, job.target), frame_rate(job.source))
+            write_video(job.target, frames, frame_rate(job.source), self.replacement.keep_copy)
         else:
             write_frames(job.target, frames, self.replacement.clear)
         self._clear(job, but=job.target)
-
-    def _then_copied(self, frames: Iterable[Any], target: Path) -> Iterator[Any]:
-        yield from frames
-        self.replacement.keep_copy(target)
 
     def _clear(self, job: Job, but: Path | None = None) -> None:
         """Takes older masks away: they would be read in place of, or before, what was found now."""

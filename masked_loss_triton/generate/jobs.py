@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import TEMPORARY, remove_leftovers
 from masked_loss_triton.files.folders import walk_files
 from masked_loss_triton.files.shard import WHOLE, Shard
 from masked_loss_triton.generate.mask_files import is_mask
@@ -81,13 +80,6 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: S
     for folder, sources in by_folder.items():
         _add_jobs(found, sources, output_dir / folder.relative_to(input_dir), clip_suffix)
     return found
-
-
-def clear_leftovers(output_dir: Path) -> None:
-    """Deletes what a killed run left: temporary files, and folders of frames that were not finished."""
-    for place, folders, _ in os.walk(output_dir):
-        remove_leftovers(place)
-        folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
 
 
 def _add_jobs(found: Jobs, sources: list[Path], target_folder: Path, clip_suffix: str) -> None:

@@ -22,7 +22,14 @@ import numpy as np
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file, sync_folder, temporary_folder, temporary_name
+from masked_loss_triton.files.atomic import (
+    NO_FILE,
+    changed_meanwhile,
+    identity,
+    replace_file,
+    sync_folder,
+    temporary_folder,
+)
 from masked_loss_triton.files.notes import NOTE_KEY, png_note, read_png_note
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, frame_files
 from masked_loss_triton.masks.sources import EXIF_ORIENTATION
@@ -45,7 +52,14 @@ SEAL = b"\xec\xa0"
 SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
 
 
-def write_mask(path: Path, mask: np.ndarray, made_with: dict[str, Any], orientation: int = 1) -> None:
+def write_mask(
+    path: Path,
+    mask: np.ndarray,
+    made_with: dict[str, Any],
+    orientation: int = 1,
+    *,
+    expected: tuple[int, ...] | None = None,
+) -> None:
     """Writes one mask as a grey 8-bit PNG.
 
     Args:
@@ -53,12 +67,13 @@ def write_mask(path: Path, mask: np.ndarray, made_with: dict[str, Any], orientat
         mask: (H, W) uint8, upright.
         made_with: what is noted in the file.
         orientation: EXIF orientation of the picture, 1 to 8.
+        expected: the only file that may be replaced, as `Replacement.keep_copy` gives it; None for any.
 
     Raises:
-        UserError: naming the file that cannot be written.
+        UserError: naming the file that cannot be written, or that is another one.
     """
     _make_parent(path)
-    replace_file(path, lambda file: _save(file, mask, made_with, orientation))
+    replace_file(path, lambda file: _save(file, mask, made_with, orientation), expected=expected)
 
 
 def _save(file: BinaryIO, mask: np.ndarray, made_with: dict[str, Any], orientation: int = 1) -> None:
@@ -102,8 +117,23 @@ def write_frames(
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
-def write_video(path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]], fps: Any) -> None:
-    """Writes the masks of a clip as one lossless video, FFV1 in Matroska. Arguments and errors as in `write_frames`."""
+def write_video(
+    path: Path,
+    frames: Iterable[tuple[np.ndarray, dict[str, Any]]],
+    fps: Any,
+    keep_copy: Callable[[Path], tuple[int, ...]],
+) -> None:
+    """Writes the masks of a clip as one lossless video, FFV1 in Matroska.
+
+    Args:
+        path: the video.
+        frames: (H, W) uint8 and what is noted in the file, for each frame.
+        fps: frames per second.
+        keep_copy: makes way for the video and says which file it may replace, or raises; called when all frames are encoded.
+
+    Raises:
+        UserError: naming the video that cannot be written.
+    """
     import av
 
     _make_parent(path)
@@ -122,7 +152,7 @@ def write_video(path: Path, frames: Iterable[tuple[np.ndarray, dict[str, Any]]],
             if stream is not None:
                 container.mux(stream.encode())
         encoded.seek(0)
-        replace_file(path, lambda file: _copy_and_seal(encoded, file))
+        replace_file(path, lambda file: _copy_and_seal(encoded, file), expected=keep_copy(path))
 
 
 def _copy_and_seal(source: BinaryIO, file: BinaryIO) -> None:
@@ -197,46 +227,60 @@ class Replacement:
         return self.overwrite == "drawn" or (self.overwrite == "generated" and is_generated(path))
 
     def check_free(self, target: Path, masks: Collection[Path]) -> None:
-        """Raises UserError where something that is no mask has the name of a mask that is to be written."""
+        """Raises UserError where something else than the masks that were found has the name of a mask that is to be written."""
+        if target not in masks and is_mask(target):
+            raise changed_meanwhile(target)
         empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
         if os.path.lexists(target) and target not in masks and not empty:
             raise UserError(f"{target} is in the way and is no mask: move it, or give another --output_dir")
 
-    def keep_copy(self, path: Path) -> None:
+    def keep_copy(self, path: Path) -> tuple[int, ...]:
         """Copies a mask file that is about to be replaced, unless it is a generated one.
+
+        Returns:
+            The `identity` of the file that was looked at: what a person saves from now on is another one.
 
         Raises:
             UserError: for a mask that may not be replaced.
         """
-        if not os.path.lexists(path) or is_generated(path):
-            return
+        if not os.path.lexists(path):
+            return NO_FILE
+        seen = identity(os.stat(path))
+        if is_generated(path):
+            return seen
         if self.overwrite != "drawn":
             raise UserError(f"{path} is not a mask that generate made: --overwrite drawn replaces it and keeps a copy")
         copy = self._free_copy(path)
         replace_file(copy, lambda file: file.write(path.read_bytes()))
         shutil.copystat(path, copy)
+        return seen
 
     def clear(self, path: Path) -> None:
-        """Takes a mask away: a generated one is deleted, one that a person made is kept as a copy.
+        """Takes a mask away: a generated one is deleted, one that a person made is moved to the copies.
 
         Raises:
             UserError: for a mask that may not be replaced, or cannot be moved.
         """
         try:
-            if not path.is_dir() or path.is_symlink():
+            if path.is_symlink():  # what it leads to stays
                 self.keep_copy(path)
-                path.unlink(missing_ok=True)
+                path.unlink()
             elif is_generated(path):
-                # In one step, so that half of it never stays.
-                leaving = temporary_name(path)
-                os.replace(path, leaving)
-                shutil.rmtree(leaving, ignore_errors=True)
+                self._delete(path)
             elif self.overwrite == "drawn":
-                os.replace(path, self._free_copy(path))
+                os.rename(path, self._free_copy(path))
             else:
-                raise UserError(f"{path} holds what generate did not make: --overwrite drawn moves it to a copy")
+                raise UserError(f"{path} is not what generate made: --overwrite drawn moves it to a copy")
         except OSError as error:
             raise UserError(f"{path} cannot be replaced ({error.strerror}): it stays") from error
+
+    def _delete(self, path: Path) -> None:
+        """Deletes a generated mask in one step, so that half of it never stays, unless somebody changes it in this moment."""
+        with temporary_folder(path) as leaving:
+            os.rename(path, leaving / path.name)
+            if not is_generated(leaving / path.name):
+                os.rename(leaving / path.name, path)
+                raise changed_meanwhile(path)
 
     def _free_copy(self, path: Path) -> Path:
         copy = self.copies / path.relative_to(self.output_dir)

@@ -115,15 +115,20 @@ def clip_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def clip_frame_count(path: str | os.PathLike[str]) -> int:
-    """Number of frames of a clip as its container says, or 0 where it does not say; pictures in a folder."""
+    """Number of frames of a clip: as its container says, else (Matroska, WebM) as many as are in it; pictures in a folder."""
     if os.path.isdir(path):
         return len(frame_files(path))
     with _Video(path) as stream:
-        return stream.frames
+        return stream.frames or sum(_is_frame(packet) for packet in stream.container.demux(stream))
+
+
+def _is_frame(packet: Any) -> bool:
+    """Whether a packet of a video is a frame that is shown: the last one is empty, and VP8 has frames for reference alone."""
+    return packet.size > 0 and not (packet.stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10)
 
 
 def mask_frame_count(path: str | os.PathLike[str]) -> int:
-    """Number of frames of a clip's mask as its container says, or 0 where it does not say; pictures in a folder."""
+    """Number of frames of a clip's mask, a folder of pictures or a video."""
     return len(frame_files(path, MASK_EXTENSIONS)) if os.path.isdir(path) else clip_frame_count(path)
 
 

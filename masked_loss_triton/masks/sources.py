@@ -71,6 +71,12 @@ class MaskDirectory:
         tables = (self.folders, self.videos, self.stills) if video else (self.stills,)
         return next((table[stem] for table in tables if stem in table), None)
 
+    def pairs(self, video: bool) -> list[tuple[Path, Path]]:
+        """Masks of one stem: the one that is used, and another one, which is not."""
+        others = (self.videos, self.stills) if video else ()
+        late = [(self.find(stem, video), path) for table in others for stem, path in sorted(table.items())]
+        return self.ambiguous + [(first, second) for first, second in late if first is not None and first != second]
+
     def stems(self, video: bool) -> dict[str, Path]:
         """Every mask by its stem: to find those that belong to no picture."""
         return {**self.stills, **self.videos, **self.folders} if video else dict(self.stills)

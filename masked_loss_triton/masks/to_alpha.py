@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.atomic import NO_FILE, replace_file
 from masked_loss_triton.files.folders import walk_files
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
@@ -61,6 +61,11 @@ class Conversion:
             raise UserError(f"--masks {self.masks} is not a folder", 2)
         if self.captions is not None and (not self.captions.strip(".") or set(self.captions) & set("/\\\0")):
             raise UserError(f"--captions {self.captions!r} is not an extension: write for example .txt", 2)
+
+    @property
+    def may_replace(self) -> tuple[int, ...] | None:
+        """What `replace_file` may replace: nothing that is there by now, or anything with `force`."""
+        return None if self.force else NO_FILE
 
     @property
     def written_folders(self) -> tuple[Path, ...]:
@@ -147,8 +152,8 @@ def _join(file: Path, conversion: Conversion, directory: MaskDirectory | None) -
         mask = to_uint8(read_mask_file(mask_path, exif=False))
         size = (picture.rgb.shape[1], picture.rgb.shape[0])
         alpha = align_to_picture(mask, size, mask_path, file)
-        _save(target, np.dstack([picture.rgb, alpha]), made_of, file)
-    return _copy(caption) or due
+        _save(target, np.dstack([picture.rgb, alpha]), made_of, file, conversion.may_replace)
+    return _copy(caption, conversion.may_replace) or due
 
 
 def _split(file: Path, conversion: Conversion, _: object) -> bool:
@@ -162,9 +167,11 @@ def _split(file: Path, conversion: Conversion, _: object) -> bool:
         picture = _read_8_bits(file)
         if picture.alpha is None:
             raise UserError(f"{file} has no alpha channel: there is nothing to split")
-        _save(mask_target, to_uint8(picture.alpha), made_of, None)
-        _save(target, picture.rgb, made_of, file)
-    return _copy(caption) or any(due)
+        if due[1]:
+            _save(mask_target, to_uint8(picture.alpha), made_of, None, conversion.may_replace)
+        if due[0]:
+            _save(target, picture.rgb, made_of, file, conversion.may_replace)
+    return _copy(caption, conversion.may_replace) or any(due)
 
 
 def _read_8_bits(file: Path) -> Any:
@@ -195,7 +202,9 @@ def _is_due(target: Path, made_of: dict[str, str], conversion: Conversion) -> bo
     raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
 
 
-def _save(target: Path, array: np.ndarray, made_of: dict[str, str], original: Path | None) -> None:
+def _save(
+    target: Path, array: np.ndarray, made_of: dict[str, str], original: Path | None, expected: tuple[int, ...] | None
+) -> None:
     kept: dict[str, Any] = {}
     if original is not None:
         # Pixels stay as they are stored, so their orientation and colour profile have to go with them.
@@ -205,7 +214,7 @@ def _save(target: Path, array: np.ndarray, made_of: dict[str, str], original: Pa
                 kept.pop("icc_profile", None)
     note = png_note({NOTE: made_of})
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, lambda file: Image.fromarray(array).save(file, "PNG", pnginfo=note, **kept))
+    replace_file(target, lambda file: Image.fromarray(array).save(file, "PNG", pnginfo=note, **kept), expected=expected)
 
 
 def _caption(file: Path, conversion: Conversion, folder: Path) -> tuple[Path, Path] | None:
@@ -227,11 +236,11 @@ def _caption(file: Path, conversion: Conversion, folder: Path) -> tuple[Path, Pa
     return caption, target
 
 
-def _copy(caption: tuple[Path, Path] | None) -> bool:
+def _copy(caption: tuple[Path, Path] | None, expected: tuple[int, ...] | None) -> bool:
     if caption is None:
         return False
     source, target = caption
     content = source.read_bytes()
-    replace_file(target, lambda out: out.write(content))
+    replace_file(target, lambda out: out.write(content), expected=expected)
     shutil.copymode(source, target)
     return True

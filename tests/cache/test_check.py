@@ -119,6 +119,9 @@ def test_frames_of_clips(tmp_path, capsys):
     assert problems(lab, capsys) == {("frames", "clip")}
     Image.fromarray(frames[8]).save(lab.masks / "clip" / "8.png")
     assert problems(lab, capsys) == set()
+    Image.fromarray(frames[8]).save(lab.masks / "clip.png")  # in vain: the folder comes first
+    assert problems(lab, capsys) == {("ambiguous", "clip.png")}
+    (lab.masks / "clip.png").unlink()
     for path in (lab.masks / "clip").iterdir():
         Image.new("L", (128, 128)).save(path)
     assert problems(lab, capsys) == {("empty", "clip")}
@@ -265,7 +268,9 @@ def test_weights_that_are_none_are_found(lab, capsys, value):
     save_file(tensors, path, metadata=metadata)
     capsys.readouterr()
     assert problems(lab, capsys) == {("cache", path.name)}
-    assert lab.run("cache", "--mask_directory", lab.masks, "--force") == 0
+    lab.run("check", "--mask_directory", lab.masks)
+    assert capsys.readouterr().out.endswith("are not all between 0 and 1: run masked-loss cache again\n")
+    assert lab.run("cache", "--mask_directory", lab.masks) == 0
     capsys.readouterr()
     assert problems(lab, capsys) == set()
 

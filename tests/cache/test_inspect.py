@@ -127,13 +127,28 @@ def test_many_items_are_drawn_sheet_by_sheet(lab, capsys, monkeypatch):
     assert "Sheet 2 of 3: sheet, sheet_2, sheet_3." in sheets[1].with_suffix(".html").read_text()
 
 
+@pytest.mark.parametrize("name", ["one.png", "one.html"])
+def test_only_sheets_are_replaced(lab, capsys, name):
+    """Who names the sheet like a picture by mistake keeps the picture."""
+    path = lab.images / name
+    path.write_bytes(before := path.read_bytes() if path.exists() else b"a page")
+    if name == "one.html":
+        (lab.images / "one.png").rename(lab.images / "other.png")
+    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", lab.images / "one") == 1
+    assert f"{path} is there and is no contact sheet" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_usage(lab, capsys):
     out = str(lab.folder / "sheet")
     for flags, line in (
         (["--out", out], "give --cache or --dataset_config"),
         (["--cache", str(lab.cache), "--out", out, "--mask_gamma", "0"], "gamma must be > 0"),
         (["--cache", str(lab.cache), "--out", out, "--limit", "0"], "--limit must be 1 or more"),
-        (["--cache", str(lab.cache), "--out", out, "--mask_blur_kernel_size", "1000001"], "must be at most 1023"),
+        (
+            ["--cache", str(lab.cache), "--out", out, "--mask_blur_kernel_size", "1000001"],
+            "odd integer from 1 to 1023, got 1000001",
+        ),
     ):
         assert main(["inspect", *flags]) == 2
         assert line in capsys.readouterr().err

@@ -12,6 +12,8 @@ from PIL import Image
 
 import masked_loss_triton.cache.inject as inject_module
 from masked_loss_triton.cli import main
+from masked_loss_triton.files.atomic import NO_FILE
+from masked_loss_triton.generate.mask_files import write_frames, write_video
 from tests.cache.support import Lab, disc, frames_of, video_lab, weights
 
 SIZE = (160, 120)
@@ -98,16 +100,22 @@ def test_an_animation_is_no_still_of_a_clip(tmp_path, capsys):
     assert "is an animation of 5 frames" in capsys.readouterr().out
 
 
-def test_a_mask_that_is_longer_than_its_clip_is_told_of_once(tmp_path, capsys):
+@pytest.mark.parametrize("form", ["clip", "clip.mkv"])
+def test_a_mask_that_is_longer_than_its_clip_is_told_of_once(tmp_path, capsys, form):
+    """Also a video whose container does not say how many frames it has, as those that generate makes."""
     lab = video_lab(tmp_path, frames_of(5))
-    (lab.masks / "clip").mkdir()
-    for t, frame in enumerate(frames_of(7)):
-        Image.fromarray(frame).save(lab.masks / "clip" / f"{t}.png")
+    masks = [(frame, {}) for frame in frames_of(7)]
+    if form == "clip":
+        write_frames(lab.masks / form, masks, lambda path: None)
+    else:
+        write_video(lab.masks / form, masks, 16, lambda path: NO_FILE)
     lab.add_cache("clip_00000-005", (128, 128), frames=2)
     lab.add_cache("clip_00000-001", (128, 128), frames=1)
     assert lab.run("cache", "--mask_directory", lab.masks) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("clip has 7 frames, but") == 1
+    assert captured.err.count(f"{form} has 7 frames, but") == 1
+    assert lab.run("check", "--mask_directory", lab.masks) == 1
+    assert f"masks/{form}  has 7 frames, but" in capsys.readouterr().out
     assert "2 masks written" in captured.out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from masked_loss_triton.generate import mask_files
 from masked_loss_triton.generate.mask_files import is_generated
 from masked_loss_triton.masks.frames import read_frames
 from tests.generate.support import contents, generate, subject, write_clip
@@ -184,3 +185,41 @@ def test_a_mask_drawn_while_the_run_goes_on_stays(folder, monkeypatch):
     (folder / "in" / "v.mp4").unlink()
     assert generate(folder) == 1
     assert np.array(Image.open(folder / "out" / "p.png")).max() == 77
+
+
+VIDEO, AGAIN = ("--clip_output", "video"), ("--overwrite",)
+MEANWHILE = "was written by another program meanwhile, and is left as it is"
+# The mask, the flags, the function of mask_files after whose n-th call somebody saves it, and what is said.
+LAST_MOMENTS = {
+    "picture": ("p.png", (), "_save", 1, MEANWHILE),
+    "picture again": ("p.png", AGAIN, "_save", 1, MEANWHILE),
+    "picture without a detection": ("p.png", (*AGAIN, *NOTHING_FOUND), "temporary_folder", 1, MEANWHILE),
+    "video": ("v.mkv", VIDEO, "_copy_and_seal", 1, MEANWHILE),
+    "video again": ("v.mkv", (*VIDEO, *AGAIN), "_copy_and_seal", 1, MEANWHILE),
+    "frames": ("v/000001.png", (), "is_mask", 2, "v cannot be written (Directory not empty)"),
+    "frames again": ("v/000001.png", AGAIN, "temporary_folder", 2, MEANWHILE),
+}
+
+
+@pytest.mark.parametrize(("mask", "flags", "name", "call", "said"), LAST_MOMENTS.values(), ids=LAST_MOMENTS)
+def test_a_mask_saved_at_the_very_last_moment_stays(folder, monkeypatch, capsys, mask, flags, name, call, said):
+    """After the last look at the old mask, before the new one has its name."""
+    (folder / "in" / ("v.mp4" if mask == "p.png" else "p.png")).unlink()
+    if AGAIN[0] in flags:
+        assert generate(folder, *(VIDEO if VIDEO[0] in flags else ())) == 0
+    real, calls = getattr(mask_files, name), []
+
+    def then_somebody_saves(*arguments):
+        result = real(*arguments)
+        calls.append(name)
+        if len(calls) == call:
+            (folder / "out" / mask).parent.mkdir(exist_ok=True)
+            (folder / "out" / mask).write_bytes(b"by hand")
+        return result
+
+    monkeypatch.setattr(mask_files, name, then_somebody_saves)
+    assert generate(folder, *flags) == 1
+    assert said in capsys.readouterr().err
+    left = contents(folder / "out")
+    assert left[mask] == b"by hand"
+    assert not any("masktmp" in path for path in left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import time
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -250,20 +250,19 @@ def test_more_pixels_than_a_mask_can_need_are_refused_before_they_are_decoded(tm
 
 def test_large_pictures_are_decoded_one_at_a_time(tmp_path, rgb, monkeypatch):
     path = save(tmp_path / "a.png", rgb)
-    monkeypatch.setattr(reading, "LARGE_PIXELS", rgb[..., 0].size - 1)
-    open_now, most = 0, 0
+    meeting = threading.Barrier(2)
 
-    def work(_):
-        nonlocal open_now, most
+    def meets(timeout):
+        """Whether somebody else has a picture open at the same time."""
         with reading.open_image(path):
-            open_now += 1
-            most = max(most, open_now)
-            time.sleep(0.02)
-            open_now -= 1
+            try:
+                meeting.wait(timeout)
+            except threading.BrokenBarrierError:
+                return False
+            return True
 
-    for limit, expected in ((rgb[..., 0].size - 1, 1), (rgb[..., 0].size, 4)):
-        monkeypatch.setattr(reading, "LARGE_PIXELS", limit)
-        most = 0
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(work, range(4)))
-        assert most == expected
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(reading, "LARGE_PIXELS", rgb[..., 0].size)
+        assert list(pool.map(meets, [60, 60])) == [True, True]
+        monkeypatch.setattr(reading, "LARGE_PIXELS", rgb[..., 0].size - 1)
+        assert list(pool.map(meets, [0.2, 0.2])) == [False, False]

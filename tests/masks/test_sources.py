@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.masks.frames import frame_files, has_alpha_frames, kept_frames, mask_frame_files, read_frames
+from masked_loss_triton.masks.frames import (
+    clip_frame_count,
+    frame_files,
+    has_alpha_frames,
+    kept_frames,
+    mask_frame_files,
+    read_frames,
+)
 from masked_loss_triton.masks.sources import Candidate, MaskDirectory, align_to_picture, aspect_differs, read_still
 
 
@@ -157,6 +164,25 @@ def test_a_video_with_alpha_gives_its_alpha(tmp_path, name, codec, pixels, error
         container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba[..., :3], format="rgb24")))
         container.mux(stream.encode())
     assert not has_alpha_frames(path)
+
+
+def test_frames_are_counted_where_the_container_does_not_say(tmp_path):
+    """In VP8 some are for reference alone, and never shown: their first byte says so."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "x.webm"), "w") as container:
+        stream = container.add_stream("libvpx", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        frames = (np.random.default_rng(t).integers(0, 256, (64, 64, 3), np.uint8) for t in range(9))
+        packets = [stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")) for frame in frames]
+        for index, packet in enumerate([one for few in [*packets, stream.encode()] for one in few]):
+            data = bytearray(bytes(packet))
+            data[0] &= 0xEF if index == 4 else 0xFF
+            copy = av.Packet(bytes(data))
+            copy.stream, copy.time_base = stream, packet.time_base
+            copy.pts, copy.dts, copy.is_keyframe = packet.pts, packet.dts, packet.is_keyframe
+            container.mux(copy)
+    assert sum(1 for _ in read_frames(tmp_path / "x.webm")) == 8
+    assert clip_frame_count(tmp_path / "x.webm") == 8
 
 
 def test_kept_frames_stop_and_go_on():

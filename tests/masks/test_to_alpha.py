@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.cli import main
+from masked_loss_triton.files.locks import machine
+from masked_loss_triton.masks import to_alpha
 from masked_loss_triton.masks.reading import read_picture
 
 
@@ -68,6 +70,26 @@ def test_nothing_is_overwritten_unasked(folders, capsys):
     assert (out / "a.png").read_text() == "precious"
     assert run(images, masks, out, "--force") == 0
     assert read_picture(out / "a.png").alpha is not None
+
+
+def test_what_comes_meanwhile_stays_and_leftovers_go(folders, monkeypatch, capsys):
+    images, masks, out = folders
+    make(images / "a.png", 0)
+    make(masks / "a.png", 1, channels=1)
+    out.mkdir()
+    leftover = out / f".a.png.{machine()}.0123456789abcdef.masktmp"
+    leftover.write_bytes(b"half")
+    real = to_alpha.align_to_picture
+
+    def slow(*arguments):
+        (out / "a.png").write_text("precious")
+        return real(*arguments)
+
+    monkeypatch.setattr(to_alpha, "align_to_picture", slow)
+    assert run(images, masks, out) == 1
+    assert "a.png was written by another program meanwhile" in capsys.readouterr().err
+    assert os.listdir(out) == ["a.png"]
+    assert (out / "a.png").read_text() == "precious"
 
 
 def test_each_problem_is_named_and_the_rest_done(folders, capsys):
