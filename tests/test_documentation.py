@@ -60,6 +60,17 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_exist(page):
+    """A path, or a path and a name, or a name alone in the file that was named last."""
+    file = None
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::([\w:]+))?`", (ROOT / page).read_text()):
+        file = ROOT / path if path else file
+        if path or name:
+            assert file.is_file(), (path, name)
+            assert not name or f"def {name.rpartition('::')[2]}(" in file.read_text(), (file, name)
+
+
 def test_float64_asks_for_the_reference():
     pred = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     assert masked_loss(pred, pred, None).dtype == torch.float64
