@@ -80,7 +80,7 @@ def install(config: MaskedLossConfig, *models: type) -> None:
 
 
 def _keep_the_mask(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The trainer goes on with the first of several pictures, which is the reference and not the mask."""
+    """Wraps the trainer's `prepare_batch_conditions`, which drops all but the first of several pictures: the mask is kept."""
 
     def prepare_batch_conditions(self: Any, batch: dict[str, Any], state: dict[str, Any]) -> Any:
         pixels = batch.get("conditioning_pixel_values")

@@ -77,7 +77,7 @@ class Teacher:
 
     @contextlib.contextmanager
     def in_place(self, device: torch.device) -> Iterator[None]:
-        """Within, the network is the teacher and nothing is differentiated; random numbers drawn within leave no trace."""
+        """Makes the network the teacher while a block runs, without gradients; the random state is then as it was before."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), self._swapped():
             yield
 

@@ -249,7 +249,7 @@ def _prediction(output: Any) -> torch.Tensor:
 
 
 def _misspelled(args: Any) -> list[str]:
-    """The trainer takes every key of a --config_file, also one that nobody reads."""
+    """Returns a warning for each key of a --config_file that looks like one of our flags and is none: the trainer takes any key."""
     known = {field.name for field in dataclasses.fields(MaskOptions)}
     ours = ("mask_", "prior_", "inverted_mask_")
     names = sorted(name for name in vars(args) if name.startswith(ours) and name not in known)

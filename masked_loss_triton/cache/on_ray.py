@@ -71,7 +71,7 @@ def _sorted(job: Job) -> tuple[list[CacheItem], list[CacheItem]]:
 
 
 def _told(outcomes: list[Outcome], written: list[CacheItem], status: str) -> list[Outcome]:
-    """The outcomes, where what is up to date because of this run counts as done by it."""
+    """The outcomes, with `status` for caches that are up to date because a worker of this run wrote them before it died."""
     late = {item.path for item in written}
     return [
         dataclasses.replace(one, status=status) if one.item.path in late and one.status == "unchanged" else one
@@ -80,6 +80,6 @@ def _told(outcomes: list[Outcome], written: list[CacheItem], status: str) -> lis
 
 
 def _lost(job: Job, reason: str) -> list[Outcome]:
-    """One line for items that share one decoding."""
+    """The outcomes of a job that no worker could finish: one line for its first item, none for the others."""
     first, *rest = [item for item, _ in job[1]]
     return [Outcome(first, "problem", message=f"{first.path}: {reason}"), *(Outcome(item, "problem") for item in rest)]

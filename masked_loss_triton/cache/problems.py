@@ -105,7 +105,7 @@ def check_shard(
 
 
 def _begun(prepared: Prepared, shard: Shard) -> CheckedDataset:
-    """What the names in a dataset show to a shard, to which the rest is added."""
+    """Returns the findings of a shard as far as file names alone show them; what is in the files is added later."""
     dataset = prepared.dataset
     problems = [line for line in check_lists(prepared) if Path(line.file).name in shard]
     asked = dataset.operations != MaskOperations()

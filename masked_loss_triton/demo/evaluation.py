@@ -88,14 +88,14 @@ class Test:
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> float:
-    """In float64, each photograph counting by its share of the weight, as the loss itself counts."""
+    """The mean over all photographs in float64, weighted as in the loss: a photograph with more weight counts for more."""
     values, weights = values.double(), weights.double()
     return float((values * weights).sum() / weights.sum())
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`key` is its name in report.json; `text` the sentence for people."""
+    """Something that the demo claims to show: `key` is its name in report.json, `text` the sentence for people."""
 
     key: str
     text: str

@@ -40,7 +40,7 @@ def folder_lock(
     longest_wait: float = LONGEST_WAIT,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Iterator[None]:
-    """Holds the lock of one folder, or of several, while the block runs; it survives nobody, not even kill -9.
+    """Holds the lock of one folder, or of several, while the block runs; the lock ends with its process, also after kill -9.
 
     Who finds it taken says once for whom it waits. Folders that are absent, or that may not be written, are not locked:
     nothing can be written there. Use it round everything that decides what to write and writes it:

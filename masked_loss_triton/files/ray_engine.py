@@ -132,7 +132,7 @@ def _start(ray: Any, address: str, workers: int | None, debug: bool) -> None:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Ray's C++ part says with which level it logs, at every level."""
+    """Discards what is written to standard error within, by C++ code too: Ray's logs its own settings at every log level."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -251,7 +251,7 @@ class Actor:
             return _error(error)
 
     def _exit_if_ray_is_dead(self) -> None:
-        """Whoever runs next may have this job already, once the guard lets it."""
+        """Ends this process when the Ray node that started it is gone: another worker may have been given the same job."""
         if os.getppid() != self.raylet:
             os._exit(1)
 

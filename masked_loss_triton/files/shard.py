@@ -1,4 +1,4 @@
-"""Which part of the work is this process's, when several machines share it. No one talks to anyone: names decide."""
+"""Which part of the work is this process's, when several machines share it. File names decide; the machines do not communicate."""
 
 from __future__ import annotations
 

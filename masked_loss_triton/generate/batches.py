@@ -167,7 +167,7 @@ def generate_masks(jobs: Sequence[Job], generation: Generation) -> Iterator[Done
 
 
 class _NothingFound(Exception):
-    """In no frame of a clip was anything found."""
+    """Raised where nothing was found in any frame of a clip."""
 
 
 class Worker:

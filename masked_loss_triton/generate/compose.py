@@ -52,7 +52,7 @@ def good_enough(score: float | None, least: float) -> bool:
 
 
 def _distance(instance: Instance, reference: Box) -> float:
-    """Between the centres of the two boxes, as a fraction of each side."""
+    """The distance between the centres of two boxes, each coordinate a fraction of its side of the picture."""
     height, width = instance.mask.shape
     x = (instance.box[0] + instance.box[2]) / (2 * width) - (reference[0] + reference[2]) / 2
     y = (instance.box[1] + instance.box[3]) / (2 * height) - (reference[1] + reference[3]) / 2

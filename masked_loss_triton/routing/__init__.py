@@ -55,7 +55,7 @@ def plan_routing(
 def through(
     model: Any, weights: RoutedWeights | None, blocks: tuple[int, int] | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Within, the model computes in its middle blocks only the tokens that the weights of `plan_routing` keep."""
+    """Makes the model compute, while a `with` block runs, only the tokens in its middle blocks that `plan_routing` keeps."""
     if weights is None or weights.kept is None:
         return contextlib.nullcontext()
     return rerouted(model, layout_of(model), weights.kept, blocks)
@@ -70,7 +70,7 @@ def routed(
     blocks: tuple[int, int] | None = None,
     **options: Any,
 ) -> Iterator[RoutedWeights]:
-    """Within, the model computes only some of the tokens in its middle blocks; gives the weights of that step's loss.
+    """Makes the model compute, while a `with` block runs, only some tokens in its middle blocks; gives the weights of the loss.
 
         with routed(transformer, mask, keep=0.5, seed=seed, step=step) as weights:
             pred = transformer(noisy, timestep, text, return_dict=False)[0]

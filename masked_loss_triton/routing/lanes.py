@@ -168,7 +168,7 @@ class _Run:
 
 @contextlib.contextmanager
 def rerouted(model: Any, layout: Layout, kept: Kept, blocks: tuple[int, int] | None = None) -> Iterator[None]:
-    """Within, forward passes of the model compute only the kept tokens in the routed blocks; nothing is left on it afterwards.
+    """Makes forward passes of the model compute only the kept tokens in the routed blocks while a `with` block runs.
 
     A backward pass may come later, also with gradient checkpointing.
 

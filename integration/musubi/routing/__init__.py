@@ -83,7 +83,7 @@ class Routing:
         return weights
 
     def through(self, model: Any, weights: RoutedWeights | None) -> contextlib.AbstractContextManager[None]:
-        """Within, the model computes the kept tokens alone."""
+        """Makes the routed blocks of the model compute the kept tokens alone while a `with` block runs."""
         if weights is None or weights.kept is None:
             return contextlib.nullcontext()
         return rerouted(model, self.layout, weights.kept, self.blocks)
