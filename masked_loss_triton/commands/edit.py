@@ -20,7 +20,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.arguments import add_dataset_arguments
-    from masked_loss_triton.generate import sam2
+    from masked_loss_triton.generate import saliency, sam2
 
     parser.add_argument("--images", metavar="DIR", help="pictures and clips, without a dataset file")
     parser.add_argument(
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument(
         "--no_browser", action="store_true", help="print the address only, for a tunnel: ssh -L PORT:127.0.0.1:PORT"
     )
-    sam2.add_arguments(parser.add_argument_group("one click (GrabCut where these weights are absent)"))
+    models = parser.add_argument_group("one click: SAM 2, else U2-Net and GrabCut, else GrabCut alone")
+    sam2.add_arguments(models)
+    saliency.add_arguments(models)
     page.add_argument("--device", default="auto", help="of SAM 2: cuda, cuda:1, mps, cpu (default: the first there is)")
 
 
@@ -60,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("nothing to edit: no pictures and no clips were found")
     assert folder is not None  # no entries without one
     library = Library(entries)
-    session = Session(
-        library, Survey(library, folder), Selector(args.sam2_model, args.device), _cache_words(args), problems, prepared
-    )
+    selector = Selector(args.sam2_model, args.saliency_model, args.device)
+    session = Session(library, Survey(library, folder), selector, _cache_words(args), problems, prepared)
     return serve(session, args.port, browser=not args.no_browser)
 
 

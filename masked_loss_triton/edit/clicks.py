@@ -1,8 +1,10 @@
-"""Masks from clicks and boxes: SAM 2 where its weights are, GrabCut elsewhere. Models load when the first click comes."""
+"""Masks from clicks and boxes: SAM 2 where its weights are, elsewhere U2-Net and GrabCut, or GrabCut alone. Models load when the
+first click comes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.generate import sam2
+from masked_loss_triton.generate import saliency, sam2
 from masked_loss_triton.generate.grabcut import cut_out_box, grab_cut
 from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 
@@ -34,28 +36,33 @@ class Selector:
     """Makes masks of clicks. One thread at a time uses the models.
 
     Args:
-        model: SAM 2's name on the hub, or folder; see `masked_loss_triton.generate.sam2`.
-        device: of the model, "auto" for the first there is.
+        sam2_model: SAM 2's name on the hub, or folder; see `masked_loss_triton.generate.sam2`.
+        saliency_model: the ONNX file of U2-Net's family; see `masked_loss_triton.generate.saliency`.
+        device: of SAM 2, "auto" for the first there is.
     """
 
-    def __init__(self, model: str = sam2.MODEL, device: str = "auto") -> None:
-        self.model, self.device = model, device
+    def __init__(self, sam2_model: str = sam2.MODEL, saliency_model: str = "", device: str = "auto") -> None:
+        self.sam2_model, self.saliency_model, self.device = sam2_model, saliency_model, device
         self.lock = threading.Lock()
-        self._segmenter: Any = None
-        self.why_not = ""
+        self.why_not: list[str] = []
 
-    @property
-    def segmenter(self) -> sam2.Sam2Segmenter | None:
+    @functools.cached_property
+    def sam2(self) -> sam2.Sam2Segmenter | None:
         """SAM 2, loaded now; None where it cannot be had, and `why_not` says the reason."""
-        if self._segmenter is None and not self.why_not:
-            try:
-                request = MaskRequest(prompts=(Prompt("subject"),))
-                self._segmenter = sam2.load(
-                    request, device=self.device, dtype="auto", batch_size=1, sam2_model=self.model
-                )
-            except (UserError, ImportError) as error:
-                self.why_not = str(error)
-        return self._segmenter
+        return self._loaded(sam2, sam2_model=self.sam2_model)
+
+    @functools.cached_property
+    def saliency(self) -> saliency.Saliency | None:
+        """The network of U2-Net's family, or None as above."""
+        return self._loaded(saliency, saliency_model=self.saliency_model)
+
+    def _loaded(self, module: Any, **model: str) -> Any:
+        request = MaskRequest(prompts=(Prompt("subject"),))
+        try:
+            return module.load(request, device=self.device, dtype="auto", batch_size=1, **model)
+        except (UserError, ImportError) as error:
+            self.why_not.append(str(error))
+            return None
 
     def select(
         self,
@@ -81,13 +88,29 @@ class Selector:
         if not clicks and box is None:
             raise UserError("click on the subject, or draw a box round it")
         with self.lock:
-            if self.segmenter is not None:
+            if self.sam2 is not None:
                 points = [(click.x, click.y) for click in clicks]
-                found = self.segmenter.at_points(picture, points, [click.positive for click in clicks], box)
+                found = self.sam2.at_points(picture, points, [click.positive for click in clicks], box)
                 return found.astype(np.uint8) * np.uint8(255), "SAM 2"
+            guess = self._salient(picture, clicks, box) if current.max() <= 127 else None
             if not clicks and box is not None:
-                return cut_out_box(picture, box).astype(np.uint8) * np.uint8(255), "GrabCut"
-            return grab_cut_clicks(picture, clicks, box, current), "GrabCut"
+                mask, maker = (cut_out_box(picture, box), "GrabCut") if guess is None else (guess, "U2-Net")
+                return mask.astype(np.uint8) * np.uint8(255), maker
+            if guess is None:
+                return grab_cut_clicks(picture, clicks, box, current), "GrabCut"
+            start = guess.astype(np.uint8) * np.uint8(255)
+            return grab_cut_clicks(picture, clicks, None, start), "U2-Net and GrabCut"
+
+    def _salient(self, picture: np.ndarray, clicks: Sequence[Click], box: Any) -> np.ndarray | None:
+        """What stands out, (H, W) bool, in the box or the picture; None where that is not what the clicks mean."""
+        if self.saliency is None:
+            return None
+        height, width = picture.shape[:2]
+        mask = self.saliency.cut_out(picture, box or (0, 0, width, height)).mask
+        meant = [
+            mask[min(int(click.y), height - 1), min(int(click.x), width - 1)] for click in clicks if click.positive
+        ]
+        return mask if mask.any() and all(meant) and (meant or box is not None) else None
 
     def follow(self, frames: Sequence[np.ndarray], mask: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the mask of every frame but the first, (H, W) uint8, from that of the first frame.
@@ -95,10 +118,10 @@ class Selector:
         SAM 2 follows what is above half and gives 0 or 255; without it the mask moves with the pictures, by optical flow.
         """
         with self.lock:
-            if self.segmenter is None:
+            if self.sam2 is None:
                 yield from follow_by_flow(frames, mask)
                 return
-            for masks in list(self.segmenter.follow(frames, [mask > 127]))[1:]:
+            for masks in list(self.sam2.follow(frames, [mask > 127]))[1:]:
                 yield masks[0].astype(np.uint8) * np.uint8(255)
 
 

@@ -204,7 +204,8 @@ class Pages:
             raise UserError("clicks are [x, y, true or false], a box four numbers") from error
         picture = await _in_thread(self.library.picture, entry, frame)
         found, maker = await _in_thread(self.session.selector.select, picture, clicks, box, pixels)
-        headers = {"X-Maker": maker, "X-Why": self.session.selector.why_not.encode("ascii", "replace").decode()[:300]}
+        why = "; ".join(self.session.selector.why_not).encode("ascii", "replace").decode()[:500]
+        headers = {"X-Maker": maker, "X-Why": why}
         return Response(found.tobytes(), media_type="application/octet-stream", headers={**HEADERS, **headers})
 
     def revert(self, request: Request) -> Response:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from masked_loss_triton.edit.clicks import Click, Selector, follow_by_flow
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.generate import saliency
 from tests.generate import tiny
 
 BOX = (20.0, 10.0, 90.0, 60.0)
@@ -53,7 +54,9 @@ def test_sam_2_says_what_transformers_says(sam2_folder, clicks, box, several):
         )
     masks = processor.post_process_masks(out.pred_masks, inputs["original_sizes"])[0][0]
     expected = masks[int(out.iou_scores[0, 0].argmax())].numpy()
-    found, maker = Selector(str(sam2_folder), "cpu").select(picture(), clicks, box, np.zeros((80, 120), np.uint8))
+    found, maker = Selector(str(sam2_folder), device="cpu").select(
+        picture(), clicks, box, np.zeros((80, 120), np.uint8)
+    )
     assert maker == "SAM 2"
     assert found.dtype == np.uint8
     assert np.array_equal(found > 0, expected)
@@ -64,7 +67,7 @@ def test_sam_2_follows(sam2_folder):
     frames = [np.roll(picture(), step, axis=1) for step in range(4)]
     mask = np.zeros((80, 120), np.uint8)
     mask[20:50, 30:70] = 255
-    masks = list(Selector(str(sam2_folder), "cpu").follow(frames, mask))
+    masks = list(Selector(str(sam2_folder), device="cpu").follow(frames, mask))
     assert len(masks) == 3
     assert all(one.shape == (80, 120) and set(np.unique(one)) <= {0, 255} for one in masks)
 
@@ -73,10 +76,11 @@ def test_without_weights_grabcut_answers_and_says_why(tmp_path):
     colours = np.full((80, 120, 3), (20, 30, 200), np.uint8)
     colours[20:60, 30:80] = (220, 40, 30)
     colours += np.random.default_rng(0).integers(0, 12, colours.shape, dtype=np.uint8)
-    selector = Selector(str(tmp_path / "absent"), "cpu")
+    selector = Selector(str(tmp_path / "absent"), str(tmp_path / "u2netp.onnx"), "cpu")
     found, maker = selector.select(colours, [Click(50, 40, True)], None, np.zeros((80, 120), np.uint8))
     assert maker == "GrabCut"
-    assert "absent" in selector.why_not
+    assert "absent" in selector.why_not[0]
+    assert "u2netp.onnx" in selector.why_not[1]
     truth = np.zeros((80, 120), bool)
     truth[20:60, 30:80] = True
     assert ((found > 0) & truth).sum() / ((found > 0) | truth).sum() > 0.9
@@ -103,3 +107,27 @@ def test_flow_moves_grey_values_with_the_picture():
     truth = np.roll(mask, 15, axis=1) > 64
     assert ((last > 64) & truth).sum() / ((last > 64) | truth).sum() > 0.93
     assert last.max() == 128
+
+
+def test_u2_net_knows_the_whole_where_colours_do_not(tmp_path):
+    from skimage import data
+
+    try:
+        saliency.find_weights()
+    except UserError as error:
+        pytest.skip(str(error))
+    selector, rocket = Selector(str(tmp_path / "absent"), device="cpu"), data.rocket()
+    blank = np.zeros(rocket.shape[:2], np.uint8)
+    box = (290.0, 20.0, 350.0, 350.0)
+    found, maker = selector.select(rocket, [], box, blank)
+    assert maker == "U2-Net"
+    rows, columns = np.nonzero(found)
+    assert rows.max() - rows.min() > 200, "the rocket is tall"
+    assert 290 <= columns.min() < columns.max() < 350
+    inside = int(np.median(columns[rows == 200])), 200
+    clicked, maker = selector.select(rocket, [Click(*inside, True)], box, blank)
+    assert maker == "U2-Net and GrabCut"
+    assert clicked[inside[1], inside[0]] == 255
+    # A click on what does not stand out is believed, and GrabCut alone answers.
+    _, maker = selector.select(rocket, [Click(20, 20, True)], None, blank)
+    assert maker == "GrabCut"

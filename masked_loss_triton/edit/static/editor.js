@@ -296,7 +296,7 @@ export class Editor {
       for (let i = 0; i < found.length; i++) this.mask[i] = found[i] ? this.value : 0;
       this.edited(before, { left: 0, top: 0, right: this.width, bottom: this.height });
       const why = answer.headers.get("X-Why");
-      say(`cut out by ${answer.headers.get("X-Maker")}${why && !this.told ? `; SAM 2 is not here: ${why}` : ""}`);
+      say(`cut out by ${answer.headers.get("X-Maker")}${why && !this.told ? `; better models are not here: ${why}` : ""}`);
       this.told = true;
     } catch (error) {
       say(error.message);
