@@ -73,6 +73,8 @@ class Page:
 
     def __init__(self, driver: Any, address: str) -> None:
         self.driver = driver
+        driver.get("about:blank")
+        driver.get_log("browser")  # what a page of a server that has ended complained of
         driver.get(address)
         self.wait(lambda: self.data("ready") == "yes")
 
