@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
-from masked_loss_triton.kernels.operands import Operand, Walk, mask_steps, offsets_of, walked
+from masked_loss_triton.kernels.operands import LossLaunch, Operand, Walk, mask_steps, offsets_of, walked
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
@@ -28,9 +28,20 @@ from masked_loss_triton.kernels.stages import (
     error_and_slope,
     read,
     sample_gates,
+    snapped,
     target_and_prior_weight,
 )
-from masked_loss_triton.kernels.sums import STATS, Normalization, Outputs, Sample, factors, write_loss
+from masked_loss_triton.kernels.sums import (
+    STATS,
+    TERMS,
+    TERMS_WITH_STATS,
+    Normalization,
+    Outputs,
+    Sample,
+    add_term,
+    factors,
+    write_loss,
+)
 from masked_loss_triton.kernels.weights import MaskWeights
 
 if TYPE_CHECKING:
@@ -113,6 +124,9 @@ def loss_kernel(
         v = tl.zeros_like(w)
         if weights.v_ptr is not None:
             v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
+        m = w
+        if weights.m_ptr is not None:
+            m = tl.load(weights.m_ptr + weight_offsets, mask=inside, other=0.0)
     else:
         m = tl.full((1, BLOCK_P), 1.0, tl.float32)
         if mask is not None:
@@ -125,12 +139,13 @@ def loss_kernel(
             m = binarized_and_inverted(m, stages, OPTIONS)
         prior_gate, mask_gate = sample_gates(gates, b)
         w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, OPTIONS, prior is not None)
+        m = tl.where(mask_gate, snapped(m), 1.0)
     target_weight, prior_weight = s * w, r * v
 
-    # One sum per position: the channels of a block are added in the thread that holds them, and a sum per element would take four
-    # times the registers.
-    target_sum = tl.zeros((BLOCK_P,), tl.float32)
-    prior_sum = tl.zeros((BLOCK_P,), tl.float32)
+    # One sum per position, weighted when it is whole: the channels of a block are added in the thread that holds them, and a sum
+    # per element would take four times the registers.
+    errors = tl.zeros((1, BLOCK_P), tl.float32)
+    prior_errors = tl.zeros((1, BLOCK_P), tl.float32)
     pred_offsets = offsets_of(pred, b, at, position, OPTIONS)
     target_offsets = offsets_of(target, b, at, position, OPTIONS)
     first_channel = tl.program_id(1) * (OPTIONS.CHANNEL_BLOCKS * OPTIONS.BLOCK_C)
@@ -146,13 +161,13 @@ def loss_kernel(
             x = tl.load(latents.ptr + offsets, mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
         error, slope = error_and_slope(p - t, delta, OPTIONS)
-        target_sum += tl.sum(target_weight * error, axis=0)
+        errors += tl.sum(error, axis=0, keep_dims=True)
         value = target_weight * slope
         if prior is not None:
             offsets = offsets_of(prior, b, at, position, OPTIONS) + channel * (prior.c * OPTIONS.DIVISOR)
             q = tl.load(prior.ptr + offsets, mask=valid, other=0.0)
             error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS)
-            prior_sum += tl.sum(prior_weight * error, axis=0)
+            prior_errors += tl.sum(error, axis=0, keep_dims=True)
             value += prior_weight * slope
         if gradient is not None:
             value = value.to(gradient.ptr.dtype.element_ty)
@@ -160,60 +175,16 @@ def loss_kernel(
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
     if out.loss_ptr is not None:
-        write_loss(out, weights, tl.sum(target_sum, axis=0), tl.sum(prior_sum, axis=0), b, shape, tiles, OPTIONS)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossLaunch:
-    """Launch configuration of the loss kernel.
-
-    vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
-        access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
-        the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
-        the innermost axis it is the other way. Where positions are not one run, each element has an offset of its own in every
-        tensor, and a thread takes 4 halves.
-    channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
-        mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
-        comes from the second-level cache.
-    registers: what a thread may use at most, and what the compiler is told. With 64, 8 programs of 128 threads fit on an NVIDIA
-        multiprocessor, with the 96 that a prior takes 5, with the 128 of tensors that are not one run 4. Each has 16 KB in
-        flight (4 channels x 16 bytes x 2 tensors x 128 threads), of halves 8 KB. 16 KB is what 3.35 TB/s times 0.6 microseconds
-        need for each multiprocessor of an H100: two programs would do.
-    """
-
-    vector: int
-    block_p: int
-    block_c: int
-    channel_blocks: int
-    registers: int
-    num_warps: int = 4
-    without_prior: ClassVar[int] = 64
-    with_prior: ClassVar[int] = 96
-    scattered: ClassVar[int] = 128  # positions that are not one run
-
-    @classmethod
-    def choose(cls, batch: int, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
-        vector = 16 // max(walk.itemsize, 2 if walk.flat else 4)
-        if walk.channels_innermost:
-            block_c = min(32, next_power_of_2(walk.channels))
-            block_p = max(16, 128 * 16 // block_c)
-        else:
-            block_p = 128 * vector
-            while block_p > 128 and block_p // 2 >= walk.positions:
-                block_p //= 2
-            block_c = min(16 // vector, next_power_of_2(walk.channels))
-        all_blocks = ceil_div(walk.channels, block_c)
-        programs = ceil_div(walk.positions, block_p) * batch
-        # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
-        groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
-        registers = (cls.with_prior if has_prior else cls.without_prior) if walk.flat else cls.scattered
-        return cls(vector, block_p, block_c, ceil_div(all_blocks, groups), registers)
-
-    def options(self) -> dict[str, int]:
-        """Options of the launch. Without the limit, ptxas may spill registers for an occupancy that nobody needs."""
-        # Only the CUDA compiler knows the option; AMD's multiprocessors have twice the registers.
-        limit = {} if torch.version.hip else dict(maxnreg=self.registers)
-        return dict(num_warps=self.num_warps, **limit)
+        add_term(out.terms_ptr, b, 0, target_weight, errors)
+        if prior is not None:
+            add_term(out.terms_ptr, b, 1, prior_weight, prior_errors)
+        if out.stats_ptr is not None:
+            add_term(out.terms_ptr, b, 2, m, errors)
+            add_term(out.terms_ptr, b, 3, 1.0 - m, errors)
+            if prior is not None:
+                add_term(out.terms_ptr, b, 4, m, prior_errors)
+                add_term(out.terms_ptr, b, 5, 1.0 - m, prior_errors)
+        write_loss(out, weights, b, shape, tiles, prior is not None, OPTIONS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -240,7 +211,11 @@ class LossPlan:
 
 @functools.lru_cache(maxsize=256)
 def plan_loss(
-    operands: tuple[Layout | None, ...], tiles: int, config: MaskedLossConfig, one_frame: bool, multiprocessors: int
+    operands: tuple[Layout | None, ...],
+    tiles: int,
+    config: MaskedLossConfig,
+    one_frame: bool,
+    multiprocessors: int,
 ) -> LossPlan:
     """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew.
 
@@ -318,7 +293,9 @@ def launch_loss(
     loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
     out = Outputs(None, None, None)
     if grad_output is None:
-        terms = torch.empty((2, math.prod(plan.grid)), dtype=torch.float32, device=device)
+        terms = torch.empty(
+            (TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), dtype=torch.float32, device=device
+        )
         out = Outputs(terms, loss, numbers if stats else None)
     loss_kernel[plan.grid](
         *map(Operand.of, tensors, plan.strides),

@@ -55,184 +55,33 @@ class Gates(NamedTuple):
         return cls._make(None if gate is None else gate.contiguous() for gate in (call.prior_gate, call.mask_gate))
 
 
-class Resampling(NamedTuple):
-    """The mask on its way to the grid of the loss: sizes, strides, taps and scales. The stride `b` is divided by DIVISOR."""
-
-    frames: int
-    height: int
-    width: int
-    b: int
-    f: int
-    h: int
-    w: int
-    taps_f: int
-    taps_h: int
-    taps_w: int
-    scale_h: float
-    scale_w: float
+@triton.jit
+def number(value):
+    """A mask value as float32, bytes divided by 255, not yet clamped."""
+    if value.dtype == tl.uint8:
+        value = tl.math.div_rn(value.to(tl.float32), 255.0)
+    return value.to(tl.float32)
 
 
 @triton.jit
 def read(value):
     """Reads a mask value, stage 0. `where` and not minimum / maximum: NaN passes through."""
-    if value.dtype == tl.uint8:
-        value = tl.math.div_rn(value.to(tl.float32), 255.0)
-    value = value.to(tl.float32)
+    value = number(value)
     value = tl.where(value > 1.0, 1.0, value)
     return tl.where(value < 0.0, 0.0, value)
 
 
 @triton.jit
-def area_window(index, size_in, size_out):
-    """The inputs that one output averages: start and count."""
-    start = index * size_in // size_out
-    end = ((index + 1) * size_in + size_out - 1) // size_out
-    return start, end - start
+def smaller(x, y):
+    """The smaller of two numbers, NaN if one is NaN: `minimum` would drop it."""
+    return tl.where((x < y) | (x != x), x, y)
 
 
 @triton.jit
-def linear_window(index, size_in, size_out):
-    """First input and position t in [0, 1) behind it, in exact integer arithmetic: source = (index + 1/2) in / out - 1/2.
-
-    In float32 that formula is off by up to 1e-4 at a few thousand positions.
-    """
-    numerator = (2 * index + 1) * size_in - size_out
-    first = (numerator + 2 * size_out) // (2 * size_out) - 1  # rounds down also below 0, where // would round up
-    rest = numerator - first * 2 * size_out
-    return first, tl.math.div_rn(rest.to(tl.float32), (2 * size_out + 0 * index).to(tl.float32))
-
-
-@triton.jit
-def cubic_near(t):
-    """Keys' kernel with a = -0.75 for a distance in [0, 1]."""
-    return ((1.25 * t - 2.25) * t) * t + 1.0
-
-
-@triton.jit
-def cubic_far(t):
-    """Keys' kernel with a = -0.75 for a distance in [1, 2]."""
-    return ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
-
-
-@triton.jit
-def tap(window_start, window_count, t, k, size_in, OPTIONS: tl.constexpr):
-    """Index and coefficient of tap k on one axis. For "area" the coefficient is 1 inside the window and 0 outside."""
-    if OPTIONS.MODE == "bilinear":
-        # Below the first centre and behind the last one the border counts alone.
-        index = tl.minimum(tl.maximum(window_start + k, 0), size_in - 1)
-        return index, tl.where(k == 0, 1.0 - t, t)
-    elif OPTIONS.MODE == "bicubic":
-        index = tl.minimum(tl.maximum(window_start - 1 + k, 0), size_in - 1)
-        near = tl.where(k == 1, cubic_near(t), cubic_near(1.0 - t))
-        far = tl.where(k == 0, cubic_far(t + 1.0), cubic_far(2.0 - t))
-        return index, tl.where((k == 1) | (k == 2), near, far)
-    else:
-        tl.static_assert(
-            OPTIONS.MODE == "area" or OPTIONS.MODE == "nearest" or OPTIONS.MODE == "nearest-exact",
-            "unknown way to resample",
-        )
-        inside = k < window_count
-        return tl.where(inside, window_start + k, 0), tl.where(inside, 1.0, 0.0)
-
-
-@triton.jit
-def axis_window(index, size_in, size_out, scale, OPTIONS: tl.constexpr):
-    """Start, count and fraction of the taps of one spatial axis."""
-    if OPTIONS.MODE == "nearest":
-        # torch multiplies by a rounded float32 scale, and so does this, to land on the same input.
-        start = (index.to(tl.float32) * scale).to(tl.int32)
-        return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif OPTIONS.MODE == "nearest-exact":
-        start = ((index.to(tl.float32) + 0.5) * scale).to(tl.int32)
-        return tl.minimum(start, size_in - 1), 1 + 0 * index, 0.0 * index.to(tl.float32)
-    elif OPTIONS.MODE == "area":
-        start, count = area_window(index, size_in, size_out)
-        return start, count, 0.0 * index.to(tl.float32)
-    else:
-        tl.static_assert(OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic", "unknown way to resample")
-        start, t = linear_window(index, size_in, size_out)
-        return start, 1 + 0 * index, t
-
-
-@triton.jit
-def resampled(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
-    """The mask at the positions of the loss, stages 0 and 1. Each mask value is read once per position that averages it.
-
-    Rows, columns and frames are summed separately: the rounding error grows with each sum's own length.
-
-    Args:
-        mask_ptr: at the sample. at: (frame, row, column). grid: (F, H, W) of the loss. how: `Resampling`.
-    """
-    f_start, f_count = area_window(at[0], how.frames, grid[0])
-    h_start, h_count, h_t = axis_window(at[1], how.height, grid[1], how.scale_h, OPTIONS)
-    w_start, w_count, w_t = axis_window(at[2], how.width, grid[2], how.scale_w, OPTIONS)
-    total = tl.zeros(at[0].shape, tl.float32)
-    for kf in range(how.taps_f):
-        in_time = kf < f_count
-        of_frame = tl.zeros(at[0].shape, tl.float32)
-        for kh in range(how.taps_h):
-            h_index, h_coefficient = tap(h_start, h_count, h_t, kh, how.height, OPTIONS)
-            of_row = tl.zeros(at[0].shape, tl.float32)
-            for kw in range(how.taps_w):
-                w_index, w_coefficient = tap(w_start, w_count, w_t, kw, how.width, OPTIONS)
-                offsets = (
-                    (f_start + kf).to(tl.int64) * how.f + h_index.to(tl.int64) * how.h + w_index.to(tl.int64) * how.w
-                )
-                wanted = valid & in_time
-                if OPTIONS.MODE == "area":
-                    wanted = wanted & (kh < h_count) & (kw < w_count)
-                value = read(tl.load(mask_ptr + offsets, mask=wanted, other=0))
-                if OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic":
-                    value = value * w_coefficient
-                of_row += value
-            if OPTIONS.MODE == "bilinear" or OPTIONS.MODE == "bicubic":
-                of_row = of_row * h_coefficient
-            of_frame += of_row
-        if OPTIONS.MODE == "bicubic":
-            of_frame = tl.where(of_frame > 1.0, 1.0, of_frame)
-            of_frame = tl.where(of_frame < 0.0, 0.0, of_frame)
-        total += of_frame
-    count = f_count
-    if OPTIONS.MODE == "area":
-        count = count * h_count * w_count
-    return tl.math.div_rn(total, count.to(tl.float32))
-
-
-@triton.jit
-def averaged(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
-    """`resampled` by area where every position covers WINDOW_H x WINDOW_W mask values exactly and rows are runs of memory.
-
-    A row of a window is read at once: neighbours read neighbouring windows, and no sector is asked for twice.
-    """
-    f_start, f_count = area_window(at[0], how.frames, grid[0])
-    tap_w = tl.arange(0, OPTIONS.WINDOW_W)[None, :]
-    total = tl.zeros(at[0].shape, tl.float32)
-    for kf in range(how.taps_f):
-        wanted = (valid & (kf < f_count))[:, None]
-        first = (f_start + kf).to(tl.int64) * how.f + (at[1] * OPTIONS.WINDOW_H).to(tl.int64) * how.h
-        offsets = (first + at[2] * OPTIONS.WINDOW_W)[:, None] + tap_w
-        of_frame = tl.zeros(at[0].shape, tl.float32)
-        for _ in range(OPTIONS.WINDOW_H):
-            value = tl.load(mask_ptr + offsets, mask=wanted, other=0)
-            # Bytes are summed as they are, exactly, and divided by 255 once.
-            of_frame += tl.sum(value.to(tl.float32) if value.dtype == tl.uint8 else read(value), axis=1)
-            offsets += how.h
-        total += of_frame
-    count = f_count * (OPTIONS.WINDOW_H * OPTIONS.WINDOW_W)
-    return tl.math.div_rn(total, (count * 255 if mask_ptr.dtype.element_ty == tl.uint8 else count).to(tl.float32))
-
-
-@triton.jit
-def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr):
-    """The raw mask, stages 0 to 2. FLAT, a mask that is one run on the grid, needs no windows and no divisions."""
-    at = split_position(position, grid[1], grid[2])
-    if OPTIONS.FLAT:
-        m = read(tl.load(mask_ptr + position, mask=valid, other=0))
-    elif OPTIONS.WINDOW_W > 1:
-        m = averaged(mask_ptr, at, valid, grid, how, OPTIONS)
-    else:
-        m = resampled(mask_ptr, at, valid, grid, how, OPTIONS)
-    return binarized_and_inverted(m, stages, OPTIONS)
+def snapped(m):
+    """Values within SNAP of 0 or 1 as 0 or 1."""
+    m = tl.where(m <= SNAP, 0.0, m)
+    return tl.where(m >= 1.0 - SNAP, 1.0, m)
 
 
 @triton.jit
@@ -263,8 +112,7 @@ def target_and_prior_weight(
     raw, blurred, prior_gate, mask_gate, stages, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr
 ):
     """(w, v): stages 4 to 7, the snap before them included."""
-    w = tl.where(blurred <= SNAP, 0.0, blurred)
-    w = tl.where(w >= 1.0 - SNAP, 1.0, w)
+    w = snapped(blurred)
     if stages.gamma is not None:
         w = power(w, stages.gamma)
     if OPTIONS.FLOOR == "affine":

@@ -11,23 +11,28 @@ import torch
 import triton
 import triton.language as tl
 
-from masked_loss_triton.kernels.stages import power
+from masked_loss_triton.kernels.stages import power, smaller
 
 if TYPE_CHECKING:
     from masked_loss_triton.call import LossInputs
     from masked_loss_triton.config import MaskedLossConfig
 
-# Planes of the partial sums. The last seven are written only when statistics are asked for.
+# Planes of the partial sums. All but the first three are written only when statistics are asked for.
 SUM_W = tl.constexpr(0)
 SUM_V = tl.constexpr(1)
 SUM_RAW = tl.constexpr(2)
 SUM_OVERLAP = tl.constexpr(3)
-MIN_RAW = tl.constexpr(4)  # then MAX_RAW, MIN_W, MAX_W, MIN_V, MAX_V
+SUM_INSIDE = tl.constexpr(4)
+SUM_OUTSIDE = tl.constexpr(5)
+MIN_RAW = tl.constexpr(6)  # then, as minima too, of -raw, w, -w, v, -v, and of the negated mask before it is clamped
 PLANES = 3
-PLANES_WITH_STATS = 10
+PLANES_WITH_STATS = 13
 
 # Columns of the statistics, in the order of MaskedLossStats.
-STATS = 14
+STATS = 19
+# What each program writes of its part of the loss: terms of target and prior, and with statistics four sums of plain errors.
+TERMS = 2
+TERMS_WITH_STATS = 6
 
 
 class Normalization(NamedTuple):
@@ -62,15 +67,9 @@ class Sample(NamedTuple):
 class Outputs(NamedTuple):
     """Where the loss goes, and its statistics if somebody asked for them; None where only the gradient is wanted."""
 
-    terms_ptr: torch.Tensor | None  # (2, programs) float32
+    terms_ptr: torch.Tensor | None  # (TERMS or TERMS_WITH_STATS, programs) float32
     loss_ptr: torch.Tensor | None  # () float32
     stats_ptr: torch.Tensor | None  # (STATS,) float32
-
-
-@triton.jit
-def smaller(x, y):
-    """The smaller of two numbers, NaN if one is NaN: `minimum` would drop it."""
-    return tl.where((x < y) | (x != x), x, y)
 
 
 @triton.jit
@@ -148,62 +147,88 @@ def sum_of(values_ptr, count):
 
 
 @triton.jit
-def write_weight_stats(partials_ptr, stats_ptr, count, positions, OPTIONS: tl.constexpr):
-    """Means, minima and maxima of the raw mask, w and v, and their overlap: columns 3 to 12 of the statistics."""
+def plane_total(partials_ptr, count, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
+    """The sum of one plane of the partial sums over the batch, or from MIN_RAW on its minimum."""
     BLOCK_TILES: tl.constexpr = OPTIONS.BLOCK_TILES
-    for plane in tl.static_range(10):
-        source_ptr = partials_ptr + plane * count
-        if plane < MIN_RAW:
-            result = tl.zeros((BLOCK_TILES,), tl.float32)
-            for first in range(0, count, BLOCK_TILES):
-                index = first + tl.arange(0, BLOCK_TILES)
-                result += tl.load(source_ptr + index, mask=index < count, other=0.0)
-            value = tl.sum(result, axis=0) / positions
+    neutral = 0.0 if PLANE < MIN_RAW else float("inf")
+    result = tl.full((BLOCK_TILES,), neutral, tl.float32)
+    for first in range(0, count, BLOCK_TILES):
+        index = first + tl.arange(0, BLOCK_TILES)
+        item = tl.load(partials_ptr + PLANE * count + index, mask=index < count, other=neutral)
+        if PLANE < MIN_RAW:
+            result += item
         else:
-            # Maxima are minima of the negated values: `smaller` keeps NaN.
-            sign = 1.0 - 2.0 * ((plane - MIN_RAW) % 2)
-            result = tl.full((BLOCK_TILES,), float("inf"), tl.float32)
-            for first in range(0, count, BLOCK_TILES):
-                index = first + tl.arange(0, BLOCK_TILES)
-                item = tl.load(source_ptr + index, mask=index < count, other=0.0)
-                result = smaller(result, tl.where(index < count, item * sign, float("inf")))
-            value = tl.reduce(result, 0, smaller) * sign
-        if plane == SUM_RAW:
-            column = 3
-        elif plane == SUM_W:
-            column = 6
-        elif plane == SUM_V:
-            column = 9
-        elif plane == SUM_OVERLAP:
-            column = 12
-        else:
-            column = 4 + (plane - MIN_RAW) // 2 * 3 + (plane - MIN_RAW) % 2
-        tl.store(stats_ptr + column, value)
+            result = smaller(result, item)
+    if PLANE < MIN_RAW:
+        return tl.sum(result, axis=0)
+    else:
+        return tl.reduce(result, 0, smaller)
 
 
 @triton.jit
-def write_loss(out, weights, target_sum, prior_sum, b, shape, tiles, OPTIONS: tl.constexpr):
-    """Writes the sums of this program; the last program to do so adds all of them, always in the same order.
+def write_weight_stats(partials_ptr, stats_ptr, count, positions, OPTIONS: tl.constexpr):
+    """Means, minima and maxima of the raw mask, w and v, their overlap, and the largest mask value: columns 3 to 12 and 18."""
+    tl.store(stats_ptr + 3, plane_total(partials_ptr, count, SUM_RAW, OPTIONS) / positions)
+    tl.store(stats_ptr + 6, plane_total(partials_ptr, count, SUM_W, OPTIONS) / positions)
+    tl.store(stats_ptr + 9, plane_total(partials_ptr, count, SUM_V, OPTIONS) / positions)
+    tl.store(stats_ptr + 12, plane_total(partials_ptr, count, SUM_OVERLAP, OPTIONS) / positions)
+    for which in tl.static_range(3):
+        tl.store(stats_ptr + 4 + 3 * which, plane_total(partials_ptr, count, MIN_RAW + 2 * which, OPTIONS))
+        tl.store(stats_ptr + 5 + 3 * which, -plane_total(partials_ptr, count, MIN_RAW + 2 * which + 1, OPTIONS))
+    tl.store(stats_ptr + 18, -plane_total(partials_ptr, count, MIN_RAW + 6, OPTIONS))
+
+
+@triton.jit
+def write_error_stats(terms_ptr, programs, partials_ptr, stats_ptr, count, channels, HAS_PRIOR, OPTIONS: tl.constexpr):
+    """Mean errors to target and prior inside and outside of the mask: columns 14 to 17. 0 where there is no such place."""
+    inside = plane_total(partials_ptr, count, SUM_INSIDE, OPTIONS) * channels
+    outside = plane_total(partials_ptr, count, SUM_OUTSIDE, OPTIONS) * channels
+    inside = tl.where(inside == 0.0, 1.0, inside)
+    outside = tl.where(outside == 0.0, 1.0, outside)
+    tl.store(stats_ptr + 14, sum_of(terms_ptr + 2 * programs, programs) / inside)
+    tl.store(stats_ptr + 15, sum_of(terms_ptr + 3 * programs, programs) / outside)
+    drift_inside, drift_outside = 0.0, 0.0
+    if HAS_PRIOR:
+        drift_inside = sum_of(terms_ptr + 4 * programs, programs) / inside
+        drift_outside = sum_of(terms_ptr + 5 * programs, programs) / outside
+    tl.store(stats_ptr + 16, drift_inside)
+    tl.store(stats_ptr + 17, drift_outside)
+
+
+@triton.jit
+def add_term(terms_ptr, b, TERM: tl.constexpr, weight, errors):
+    """Writes this program's part of one term, the sum of weight times error; both (1, BLOCK_P)."""
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(terms_ptr + TERM * programs + program, tl.sum(tl.sum(weight * errors, axis=0), axis=0))
+
+
+@triton.jit
+def write_loss(out, weights, b, shape, tiles, HAS_PRIOR: tl.constexpr, OPTIONS: tl.constexpr):
+    """Once the terms of this program are written: the last program to come here adds all of them, always in the same order.
 
     Args:
         out: `Outputs`. weights: `MaskWeights`. shape: (B, C, F, H, W). tiles: of the partial sums of the weights.
     """
-    batch, _channels, frames, height, width = shape
+    batch, channels, frames, height, width = shape
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out.terms_ptr + program, target_sum)
-    tl.store(out.terms_ptr + programs + program, prior_sum)
     # The barrier orders the stores of all threads before the release of the one that takes the ticket.
     tl.debug_barrier()
     if tl.atomic_add(weights.ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
         target_term = sum_of(out.terms_ptr, programs)
-        prior_term = sum_of(out.terms_ptr + programs, programs)
+        prior_term = 0.0
+        if HAS_PRIOR:
+            prior_term = sum_of(out.terms_ptr + programs, programs)
         loss = target_term + prior_term
         tl.store(out.loss_ptr, loss)
         if out.stats_ptr is not None:
             tl.store(out.stats_ptr, loss)
             tl.store(out.stats_ptr + 1, target_term)
             tl.store(out.stats_ptr + 2, prior_term)
-            positions = 1.0 * batch * (frames * height * width)
-            write_weight_stats(weights.partials_ptr, out.stats_ptr, batch * tiles, positions, OPTIONS)
             tl.store(out.stats_ptr + 13, prior_term / tl.where(loss == 0.0, 1.0, loss))
+            count = batch * tiles
+            positions = 1.0 * batch * (frames * height * width)
+            write_weight_stats(weights.partials_ptr, out.stats_ptr, count, positions, OPTIONS)
+            write_error_stats(
+                out.terms_ptr, programs, weights.partials_ptr, out.stats_ptr, count, channels, HAS_PRIOR, OPTIONS
+            )

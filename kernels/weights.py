@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
-from masked_loss_triton.kernels.operands import resampling
+from masked_loss_triton.kernels.resampling import raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
     gaussian_tap,
-    raw_mask,
     sample_gates,
+    smaller,
+    snapped,
     split_position,
     target_and_prior_weight,
 )
@@ -33,11 +34,12 @@ from masked_loss_triton.kernels.sums import (
     MIN_RAW,
     PLANES,
     PLANES_WITH_STATS,
+    SUM_INSIDE,
+    SUM_OUTSIDE,
     SUM_OVERLAP,
     SUM_RAW,
     SUM_V,
     SUM_W,
-    smaller,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class MaskWeights(NamedTuple):
     ticket_ptr: torch.Tensor  # () int32, set to 0 for the loss kernel that follows
     w_ptr: torch.Tensor | None  # (B, F or 1, H, W) float32, contiguous; None: made from the mask in registers
     v_ptr: torch.Tensor | None
+    m_ptr: torch.Tensor | None  # the raw mask, snapped, for the statistics
 
 
 class Blur(NamedTuple):
@@ -89,14 +92,20 @@ class WeightsOptions(StageOptions):
 
 
 @triton.jit
-def resample_kernel(mask_ptr, raw_ptr, grid, how, stages, OPTIONS: tl.constexpr):
-    """Writes the raw mask, (B or 1, F or 1, H, W) float32, contiguous; grid (tiles, B or 1)."""
+def resample_kernel(mask_ptr, raw_ptr, minus_most_ptr, grid, how, stages, OPTIONS: tl.constexpr):
+    """Writes the raw mask, (B or 1, F or 1, H, W) float32, contiguous; grid (blocks, B or 1).
+
+    With STATS also minus the largest mask value of each block, (B or 1, blocks).
+    """
     b = tl.program_id(1).to(tl.int64)
     positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     position = tl.program_id(0) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
     valid = position < positions
-    m = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
+    m, minus_most = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
+    if OPTIONS.STATS:
+        block = b * tl.num_programs(0) + tl.program_id(0)
+        tl.store(minus_most_ptr + block, tl.reduce(minus_most, 0, smaller))
 
 
 @triton.jit
@@ -118,8 +127,24 @@ def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def lower(minima, values, valid):
+    """The smaller of each minimum and, where it is valid, each value; seven of each."""
+    infinity = float("inf")
+    return (
+        smaller(minima[0], tl.where(valid, values[0], infinity)),
+        smaller(minima[1], tl.where(valid, values[1], infinity)),
+        smaller(minima[2], tl.where(valid, values[2], infinity)),
+        smaller(minima[3], tl.where(valid, values[3], infinity)),
+        smaller(minima[4], tl.where(valid, values[4], infinity)),
+        smaller(minima[5], tl.where(valid, values[5], infinity)),
+        smaller(minima[6], values[6]),
+    )
+
+
+@triton.jit
 def weights_kernel(
     mask_ptr,  # the mask, under a blur the raw mask, or None
+    minus_most_ptr,  # what `resample_kernel` wrote, or None
     gates,
     result,  # `MaskWeights`
     grid,  # (F or 1, H, W) of the weights
@@ -149,12 +174,10 @@ def weights_kernel(
     sum_raw = tl.zeros((BLOCK,), tl.float32)
     if OPTIONS.STATS:
         sum_overlap = tl.zeros((BLOCK,), tl.float32)
-        min_raw = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_raw = tl.full((BLOCK,), -float("inf"), tl.float32)
-        min_w = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_w = tl.full((BLOCK,), -float("inf"), tl.float32)
-        min_v = tl.full((BLOCK,), float("inf"), tl.float32)
-        max_v = tl.full((BLOCK,), -float("inf"), tl.float32)
+        sum_inside = tl.zeros((BLOCK,), tl.float32)
+        sum_outside = tl.zeros((BLOCK,), tl.float32)
+        most = tl.full((BLOCK,), float("inf"), tl.float32)
+        extremes = (most, most, most, most, most, most, most)
 
     for step in range(blocks_per_tile):
         position = (tile * blocks_per_tile + step) * BLOCK + tl.arange(0, BLOCK)
@@ -162,13 +185,23 @@ def weights_kernel(
         if mask_ptr is None:
             raw = tl.full((BLOCK,), 1.0, tl.float32)
             blurred = raw
+            minus_most = -raw
         elif blur is None:
-            raw = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
+            raw, minus_most = raw_mask(
+                mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
+            )
             blurred = raw
         else:
             sample_ptr = mask_ptr + b * (how.b * OPTIONS.DIVISOR)
             raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
             blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS)
+            minus_most = -raw
+            if OPTIONS.STATS:
+                blocks = (positions + BLOCK - 1) // BLOCK
+                block = tl.minimum(tile * blocks_per_tile + step, blocks - 1)
+                # `how.b` is 0 where all samples share one mask.
+                row = tl.where(how.b == 0, 0, b)
+                minus_most = tl.full((BLOCK,), 0.0, tl.float32) + tl.load(minus_most_ptr + row * blocks + block)
         w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
         raw = tl.where(mask_gate, raw, 1.0)
         if result.w_ptr is not None:
@@ -180,12 +213,12 @@ def weights_kernel(
         sum_raw += tl.where(valid, raw, 0.0)
         if OPTIONS.STATS:
             sum_overlap += tl.where(valid, tl.where(w < v, w, v), 0.0)
-            min_raw = smaller(min_raw, tl.where(valid, raw, float("inf")))
-            max_raw = -smaller(-max_raw, tl.where(valid, -raw, float("inf")))
-            min_w = smaller(min_w, tl.where(valid, w, float("inf")))
-            max_w = -smaller(-max_w, tl.where(valid, -w, float("inf")))
-            min_v = smaller(min_v, tl.where(valid, v, float("inf")))
-            max_v = -smaller(-max_v, tl.where(valid, -v, float("inf")))
+            inside = snapped(raw)
+            if result.m_ptr is not None:
+                tl.store(result.m_ptr + b * positions + position, inside, mask=valid)
+            sum_inside += tl.where(valid, inside, 0.0)
+            sum_outside += tl.where(valid, 1.0 - inside, 0.0)
+            extremes = lower(extremes, (raw, -raw, w, -w, v, -v, minus_most), valid)
 
     tiles = tl.num_programs(0)
     plane = tl.num_programs(1) * tiles
@@ -195,12 +228,10 @@ def weights_kernel(
     tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0) * repeats)
     if OPTIONS.STATS:
         tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0) * repeats)
-        tl.store(partial_ptr + MIN_RAW * plane, tl.reduce(min_raw, 0, smaller))
-        tl.store(partial_ptr + (MIN_RAW + 1) * plane, -tl.reduce(-max_raw, 0, smaller))
-        tl.store(partial_ptr + (MIN_RAW + 2) * plane, tl.reduce(min_w, 0, smaller))
-        tl.store(partial_ptr + (MIN_RAW + 3) * plane, -tl.reduce(-max_w, 0, smaller))
-        tl.store(partial_ptr + (MIN_RAW + 4) * plane, tl.reduce(min_v, 0, smaller))
-        tl.store(partial_ptr + (MIN_RAW + 5) * plane, -tl.reduce(-max_v, 0, smaller))
+        tl.store(partial_ptr + SUM_INSIDE * plane, tl.sum(sum_inside, axis=0) * repeats)
+        tl.store(partial_ptr + SUM_OUTSIDE * plane, tl.sum(sum_outside, axis=0) * repeats)
+        for which in tl.static_range(7):
+            tl.store(partial_ptr + (MIN_RAW + which) * plane, tl.reduce(extremes[which], 0, smaller))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +304,11 @@ def plan_weights(
     how = blur = before_blur = None
     more: dict[str, bool | int | str] = dict(DIVISOR=common_divisor([positions], 16))
     if mask is not None:
-        how, more = resampling(mask, shape, config.resample)
+        how, more = resampling_of(mask, shape, config.resample)
     if mask is not None and blurred:
         before_blur = (shape, how, stages, options(**more))
         raw = Layout((mask.shape[0], *shape), (positions, positions // frames, grid[2], 1), torch.float32)
-        how, more = resampling(raw, shape, config.resample)
+        how, more = resampling_of(raw, shape, config.resample)
         more |= dict(KERNEL_SIZE=config.blur_kernel_size)
         blur = Blur.of(config.blur_kernel_size)
     arguments = (shape, how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
@@ -296,11 +327,14 @@ def launch_weights(call: LossInputs, gates: Gates, config: MaskedLossConfig, sta
         torch.empty((), dtype=torch.int32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device) if plan.writes else None,
         torch.empty(shape, dtype=torch.float32, device=device) if plan.writes and has_prior else None,
+        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes and stats else None,
     )
+    minus_most = None
     if mask is not None and plan.before_blur is not None:
         raw = torch.empty((mask.shape[0], *plan.shape), dtype=torch.float32, device=device)
         size = (ceil_div(math.prod(plan.shape), plan.launch.block), mask.shape[0])
-        resample_kernel[size](mask, raw, *plan.before_blur, num_warps=num_warps)
+        minus_most = torch.empty((size[1], size[0]), dtype=torch.float32, device=device) if stats else None
+        resample_kernel[size](mask, raw, minus_most, *plan.before_blur, num_warps=num_warps)
         mask = raw
-    weights_kernel[(tiles, batch)](mask, gates, result, *plan.arguments, num_warps=num_warps)
+    weights_kernel[(tiles, batch)](mask, minus_most, gates, result, *plan.arguments, num_warps=num_warps)
     return result

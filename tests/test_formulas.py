@@ -2,13 +2,14 @@
 
 import json
 import math
+import unittest.mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from masked_loss_triton import FlowTarget, MaskedLoss, MaskedLossConfig, mask_weights, masked_loss
+from masked_loss_triton import FlowTarget, MaskedLoss, MaskedLossConfig, call, mask_weights, masked_loss
 from masked_loss_triton.backend.formulas import ERROR_AND_SLOPE, error_and_slope
 from masked_loss_triton.config import LOSS_TYPES
 
@@ -304,6 +305,27 @@ def test_errors_inside_and_outside_are_means_weighted_by_the_raw_mask(device, ba
         assert float(getattr(stats, f"{name}_outside")) == pytest.approx(outside, rel=1e-5)
     _, white = masked_loss(*tensors[:2], None, backend=backend, return_stats=True)
     assert float(white.error_outside) == float(white.drift_inside) == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("blur", [0, 3])
+@pytest.mark.parametrize(("size", "value", "dtype", "want"), [
+    ((4, 4), 255.0, torch.float32, 255.0),
+    ((8, 8), 1.25, torch.float32, 1.25),  # whole windows
+    ((7, 9), -0.5, torch.float32, 0.0),  # the rest is 0
+    ((4, 4), 51, torch.uint8, 0.2),
+])  # fmt: skip
+def test_stats_hold_the_largest_mask_value_before_the_clamp(device, backend, blur, size, value, dtype, want):
+    """A mask of bytes as floats is refused where it can be seen, on a CPU that is not traced; elsewhere this tells of it."""
+    mask = torch.zeros((2, 1, *size), dtype=dtype)
+    mask[1, 0, -1, -1] = value
+    tensors = [x.to(device) for x in (torch.randn(2, 3, 1, 4, 4), torch.zeros(2, 3, 1, 4, 4), mask)]
+    config = MaskedLossConfig(blur_kernel_size=blur)
+    with unittest.mock.patch.object(call, "refuse_bytes_as_floats"):
+        _, stats = masked_loss(*tensors, config, backend=backend, return_stats=True)
+        _, none = masked_loss(*tensors[:2], None, config, backend=backend, return_stats=True)
+    assert float(stats.mask_max) == pytest.approx(want)
+    assert float(none.mask_max) == 1
 
 
 def test_stats_are_a_table_and_floats():

@@ -16,7 +16,6 @@ import torch
 from masked_loss_triton.backend import distinct, refuse_second_derivative, stages
 from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.formulas import error_and_slope
-from masked_loss_triton.backend.means import error_means
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
@@ -36,6 +35,7 @@ class Operands(NamedTuple):
     prior: torch.Tensor | None
     a: torch.Tensor  # (B, 1, F, H, W) float32
     b: torch.Tensor | None  # like a, for the prior
+    inside: torch.Tensor | None  # (B or 1, 1, F, H, W) float32: the raw mask, for the stats
 
 
 class Options(NamedTuple):
@@ -44,6 +44,17 @@ class Options(NamedTuple):
     flow_sign: int
     loss_type: str
     loss_delta: float
+
+
+class Result(NamedTuple):
+    """Sums of errors, 0-d float32, and the gradient as pred.
+
+    target, prior: weighted by a or b; then, for the stats, the plain errors inside and outside of the mask. Empty without a prior.
+    """
+
+    target: list[torch.Tensor]
+    prior: list[torch.Tensor]
+    gradient: torch.Tensor | None
 
 
 def loss(
@@ -59,17 +70,27 @@ def loss(
         s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
         a = _times(w, s)
         b = None if inputs.prior is None else _times(v, r)
-    kept = (raw, w, v, error_means(inputs, config, raw)) if return_stats else None
+    kept = (raw, w, v) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
-    operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b)
+    inside = None if kept is None else stages.snap(kept[0]).unsqueeze(1)
+    operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, inside)
     options = Options(inputs.flow_sign, config.loss_type, config.loss_delta)
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
-        total, target_term, prior_term = ClosedFormLoss.apply(*distinct(operands), options)
+        total, *sums = ClosedFormLoss.apply(*distinct(operands), options)
     else:
         with torch.no_grad():
-            target_term, prior_term, _ = loss_and_gradient(operands, options, write_gradient=False)
-            total = target_term + prior_term
-    return total, None if kept is None else MaskedLossStats.from_weights(target_term, prior_term, *kept)
+            result = loss_and_gradient(operands, options, write_gradient=False)
+            total, sums = _total(result), [*result.target, *result.prior]
+    if kept is None or inside is None:
+        return total, None
+    sums += [torch.zeros_like(total)] * (6 - len(sums))
+    target_term, *errors, prior_term, drift_inside, drift_outside = sums
+    means = stages.mean_errors((*errors, drift_inside, drift_outside), inside, inputs.batch * inputs.channels)
+    return total, MaskedLossStats.from_weights(target_term, prior_term, *kept, means, inputs.mask)
+
+
+def _total(result: Result) -> torch.Tensor:
+    return result.target[0] + result.prior[0] if result.prior else result.target[0].clone()
 
 
 def _times(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -85,21 +106,22 @@ class ClosedFormLoss(torch.autograd.Function):
     """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
 
     @staticmethod
-    def forward(ctx: Any, pred, target, latents, prior, a, b, options):
-        operands = Operands(pred, target, latents, prior, a, b)
+    def forward(ctx: Any, pred, target, latents, prior, a, b, inside, options):
+        operands = Operands(pred, target, latents, prior, a, b, inside)
         # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
-        target_term, prior_term, gradient = loss_and_gradient(operands, options, pred.dtype != torch.float16)
+        result = loss_and_gradient(operands, options, pred.dtype != torch.float16)
+        gradient, sums = result.gradient, [*result.target, *result.prior]
         ctx.options = options
         # A plain gradient is no saved tensor: the backward scales it in place and gives it away, once. The compiler does so itself.
         traced = torch.compiler.is_compiling()
         ctx.gradient = None if traced else gradient
-        ctx.save_for_backward(gradient if traced else None, *operands)
-        ctx.mark_non_differentiable(target_term, prior_term)
+        ctx.save_for_backward(gradient if traced else None, *operands[:-1])
+        ctx.mark_non_differentiable(*sums)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
-        return target_term + prior_term, target_term, prior_term
+        return _total(result), *sums
 
     @staticmethod
-    def backward(ctx: Any, grad_output, _target_term, _prior_term):
+    def backward(ctx: Any, grad_output, *_sums):
         refuse_second_derivative()
         saved, pred, target, latents, prior, a, b = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
@@ -107,14 +129,14 @@ class ClosedFormLoss(torch.autograd.Function):
             gradient = (saved * grad_output).to(saved.dtype)
         elif gradient is None:
             factors = grad_output * a, None if b is None else grad_output * b
-            scaled = Operands(pred, target, latents, prior, *factors)
-            _, _, gradient = loss_and_gradient(scaled, ctx.options, write_gradient=True)
+            scaled = Operands(pred, target, latents, prior, *factors, None)
+            gradient = loss_and_gradient(scaled, ctx.options, write_gradient=True).gradient
         elif gradient.dtype != torch.float32 and gradient.device.type != "cpu":
             # Off the CPU, `mul_` would round grad_output to the dtype of the gradient before it multiplies.
             gradient = (gradient.float() * grad_output).to(gradient.dtype)
         elif not _is_known_one(grad_output):
             gradient.mul_(grad_output)
-        return gradient, *([None] * 6)
+        return gradient, *([None] * 7)
 
 
 def _is_known_one(value: torch.Tensor) -> bool:
@@ -122,38 +144,60 @@ def _is_known_one(value: torch.Tensor) -> bool:
     return type(value) is torch.Tensor and value.device.type == "cpu" and value.item() == 1.0
 
 
-def loss_and_gradient(
-    operands: Operands, options: Options, write_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Both terms of the loss (0-d float32) and the gradient in pred's dtype, or None."""
+def loss_and_gradient(operands: Operands, options: Options, write_gradient: bool) -> Result:
+    """The loss, and the gradient in pred's dtype if it is wanted."""
     pred = operands.pred
     if torch.compiler.is_compiling():
-        e, e_prior, gradient = _elements(operands, None, options)
-        # The innermost axes first: the compiler then sums in the loop that writes the gradient. For one sum over everything it
-        # makes a second loop, which reads all operands again.
-        target_term = e.sum((2, 3, 4)).sum()
-        prior_term = torch.zeros_like(target_term) if e_prior is None else e_prior.sum((2, 3, 4)).sum()
+        errors, drift, gradient = _elements(operands, None, options)
+        target_sums, prior_sums = _sums(errors, drift, operands)
         result = gradient.to(pred.dtype) if write_gradient else None
-        if result is not None and e_prior is not None:
+        if result is not None and prior_sums:
             # Always 0. A sum that reads the gradient keeps the compiler's loop in one piece, as the only term does without a prior.
-            prior_term = prior_term + 0.0 * result.sum((2, 3, 4)).isnan().sum()
-        return target_term, prior_term, result
+            prior_sums[0] = prior_sums[0] + 0.0 * result.sum((2, 3, 4)).isnan().sum()
+        return Result(target_sums, prior_sums, result)
     result = torch.empty_like(pred) if write_gradient else None
     size = CPU_BLOCK * torch.get_num_threads() if pred.device.type == "cpu" else DEVICE_BLOCK
-    a, b = (None if x is None else x.expand(pred.shape) for x in operands[-2:])
-    target_terms, prior_terms = [], []
-    for *block, out in _blocks((*operands[:-2], a, b, result), size):
-        e, e_prior, _ = _elements(Operands(*block), out, options)  # type: ignore[arg-type]
-        target_terms.append(e.sum())
-        if e_prior is not None:
-            prior_terms.append(e_prior.sum())
-    target_term = torch.stack(target_terms).sum()
-    prior_term = torch.stack(prior_terms).sum() if prior_terms else torch.zeros_like(target_term)
-    return target_term, prior_term, result
+    sums = []
+    for *tensors, out in _blocks((*operands, result), size):
+        block = Operands(*tensors)  # type: ignore[arg-type]
+        errors, drift, _ = _elements(block, out, options)
+        sums.append(_sums(errors, drift, block))
+    if len(sums) == 1:
+        return Result(*sums[0], result)
+    totals = [[torch.stack(column).sum() for column in zip(*rows, strict=True)] for rows in zip(*sums, strict=True)]
+    return Result(totals[0], totals[1], result)
+
+
+def _sums(
+    errors: torch.Tensor, drift: torch.Tensor | None, operands: Operands
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The sums that `Result` holds."""
+    inside = operands.inside
+    plain = [] if inside is None else [inside, 1 - inside]
+    if torch.compiler.is_compiling():
+        # The innermost axes first: the compiler then sums in the loop that writes the gradient. For one sum over everything it
+        # makes a second loop, which reads all operands again.
+        def total(weight: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+            return (weight * errors).sum((2, 3, 4)).sum()
+    else:
+        # Over the channels first: what is left to multiply and to sum is a sixteenth.
+        errors = errors.sum(1, keepdim=True)
+        drift = None if drift is None else drift.sum(1, keepdim=True)
+
+        def total(weight: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+            return (weight * errors).sum()
+
+    of_target = [total(weight, errors) for weight in (operands.a, *plain)]
+    if drift is None or operands.b is None:
+        return of_target, []
+    return of_target, [total(weight, drift) for weight in (operands.b, *plain)]
 
 
 def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tuple[torch.Tensor | None, ...]]:
-    """Views of about `size` elements that together are the tensors. Cut where the first one's memory is: outermost axis first."""
+    """Views of about `size` elements of the first tensor, and what belongs to them of the others, whole where their axis is 1.
+
+    Cut where the first one's memory is: outermost axis first.
+    """
     first = tensors[0]
     assert first is not None
     if first.numel() <= size:
@@ -162,7 +206,7 @@ def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tup
     axis = max(range(first.dim()), key=lambda axis: (first.shape[axis] > 1, first.stride(axis)))
     pieces = min(first.shape[axis], -(-first.numel() // size))
     step = -(-first.shape[axis] // pieces)
-    cut = [[None] * pieces if x is None else x.split(step, axis) for x in tensors]
+    cut = [[x] * pieces if x is None or x.shape[axis] == 1 else x.split(step, axis) for x in tensors]
     for block in zip(*cut, strict=False):
         yield from _blocks(block, size)
 
@@ -170,15 +214,15 @@ def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tup
 def _elements(
     operands: Operands, out: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(a rho(pred - target), b rho(pred - prior), gradient) of each element, in float32; `out`, if given, gets the gradient too."""
-    pred, target, latents, prior, a, b = operands
+    """(rho(pred - target), rho(pred - prior), gradient) of each element, in float32; `out`, if given, gets the gradient too."""
+    pred, target, latents, prior, a, b, _ = operands
     pred, target = pred.float(), target.float()
     if latents is not None:
         # Rounded to float32 once, as in the other backends.
         target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
-    error, slope = error_and_slope(pred - target, *options[1:])
+    error, slope = error_and_slope(pred - target, options.loss_type, options.loss_delta)
     if prior is None or b is None:
-        return error.mul_(a), None, torch.mul(slope, a, out=out)
+        return error, None, torch.mul(slope, a, out=out)
     gradient = slope.mul_(a)
-    prior_error, slope = error_and_slope(pred - prior.float(), *options[1:])
-    return error.mul_(a), prior_error.mul_(b), torch.addcmul(gradient, slope, b, out=out)
+    prior_error, slope = error_and_slope(pred - prior.float(), options.loss_type, options.loss_delta)
+    return error, prior_error, torch.addcmul(gradient, slope, b, out=out)

@@ -15,8 +15,6 @@ import torch
 
 from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
-from masked_loss_triton.backend.means import error_means
-from masked_loss_triton.backend.stages import call_weights
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.kernels.loss import launch_loss
@@ -47,11 +45,7 @@ def loss(
         total, numbers = FusedLoss.apply(inputs.pred, inputs, factors, config, return_stats)
     else:
         total, numbers, _ = run(inputs, factors, config, stats=return_stats, write_gradient=False)
-    if not return_stats:
-        return total, None
-    with torch.no_grad():  # not in the kernels yet: another pass over pred, where stats are asked for
-        errors = error_means(inputs, config, call_weights(inputs, config, torch.float32)[0])
-    return total, MaskedLossStats(*numbers.unbind(), *errors)
+    return total, MaskedLossStats(*numbers.unbind()) if return_stats else None
 
 
 class FusedLoss(torch.autograd.Function):

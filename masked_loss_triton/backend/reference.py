@@ -12,7 +12,6 @@ import torch
 from masked_loss_triton.backend import stages
 from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.formulas import error_and_slope
-from masked_loss_triton.backend.means import error_means
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
@@ -32,15 +31,18 @@ def loss(
     sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
     s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
 
-    def term(factor: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def term(factor: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         error, _ = error_and_slope(pred - other, config.loss_type, config.loss_delta)
-        return (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1) * error).sum()
+        return (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1) * error).sum(), error.detach().sum(dim=1)
 
-    target_term = term(s, w, target)
-    prior_term = torch.zeros_like(target_term)
+    target_term, errors = term(s, w, target)
+    prior_term, drift = torch.zeros_like(target_term), torch.zeros_like(errors)
     if inputs.prior is not None:
-        prior_term = term(r, v, inputs.prior.to(dtype))
-    if not return_stats:
-        return target_term + prior_term, None
-    errors = error_means(inputs, config, raw)
-    return target_term + prior_term, MaskedLossStats.from_weights(target_term, prior_term, raw, w, v, errors)
+        prior_term, drift = term(r, v, inputs.prior.to(dtype))
+    stats = None
+    if return_stats:
+        inside = stages.snap(raw.detach())
+        sums = [(where * x).sum() for x in (errors, drift) for where in (inside, 1 - inside)]
+        means = stages.mean_errors(sums, inside, inputs.batch * inputs.channels)
+        stats = MaskedLossStats.from_weights(target_term, prior_term, raw, w, v, means, inputs.mask)
+    return target_term + prior_term, stats

@@ -9,7 +9,7 @@ formulas (kernels/stages.py) and compared with this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,21 @@ def target_and_prior_weights(
         w = torch.where(on, w, torch.ones_like(w))
         v = torch.where(on, v, torch.zeros_like(v))
     return w, v
+
+
+def mean_errors(
+    sums: Sequence[torch.Tensor], inside: torch.Tensor, copies: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(error_inside, error_outside, drift_inside, drift_outside) of the stats; 0 where there is no such place.
+
+    Args:
+        sums: of the plain errors in that order, 0-d. inside: the raw mask, snapped, (B or 1, ...).
+        copies: how many elements of the loss a value of a whole batch's `inside` stands for: samples times channels.
+    """
+    counts = [where.sum() * (copies / len(where)) for where in (inside, 1 - inside)]
+    counts = [torch.where(count == 0, torch.ones_like(count), count) for count in counts]
+    means = [total / count for total, count in zip(sums, counts * 2, strict=True)]
+    return means[0], means[1], means[2], means[3]
 
 
 def call_weights(

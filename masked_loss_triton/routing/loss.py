@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import stages
-from masked_loss_triton.backend.means import error_means
-from masked_loss_triton.call import LossInputs, describe
+from masked_loss_triton.call import canonical_mask
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.loss import mask_weights, masked_loss
 from masked_loss_triton.routing.router import Kept
@@ -100,14 +99,33 @@ class RoutedWeights:
             total = target_term + prior_term
         if not return_stats:
             return total
-        layout = call.get("layout", "channels_first")
-        inputs = describe(pred, target, self.mask, self.config, prior=prior, layout=layout)
-        return total, self._stats(target_term, prior_term, inputs)
+        return total, self._stats(target_term, prior_term, pred.detach(), target, prior, call)
 
     @torch.no_grad()
-    def _stats(self, target_term: torch.Tensor, prior_term: torch.Tensor, inputs: LossInputs) -> MaskedLossStats:
+    def _stats(
+        self,
+        target_term: torch.Tensor,
+        prior_term: torch.Tensor,
+        pred: torch.Tensor,
+        target: Any,
+        prior: torch.Tensor | None,
+        call: dict[str, Any],
+    ) -> MaskedLossStats:
+        """The stats of a routed step: means of errors are over the kept positions."""
         assert self.kept is not None
-        raw = stages.raw_mask(inputs.mask, inputs.grid, self.config, self.target, torch.float32)
-        # What the dropped tokens predict is of no use, and no error either.
-        errors = error_means(inputs, self.config, raw, self.kept.positions.to(raw.dtype))
-        return MaskedLossStats.from_weights(target_term, prior_term, raw, self.target, self.prior, errors)
+        batch, frames, height, width = self.target.shape
+        mask = None if self.mask is None else canonical_mask(self.mask, (batch, frames, height, width))
+        raw = stages.raw_mask(mask, (frames, height, width), self.config, self.target, torch.float32)
+        config = MaskedLossConfig(loss_type=self.config.loss_type, loss_delta=self.config.loss_delta)
+        options = {name: value for name, value in call.items() if name in ("layout", "backend")}
+        inside = stages.snap(raw)
+        means = []
+        for other in (target, prior):
+            for where in (inside, 1 - inside):
+                if other is None:
+                    means.append(target_term.new_zeros(()))
+                else:
+                    kept = where * self.kept.positions
+                    means.append(masked_loss(pred, other, kept, config, return_stats=True, **options)[1].error_inside)
+        errors = (means[0], means[1], means[2], means[3])
+        return MaskedLossStats.from_weights(target_term, prior_term, raw, self.target, self.prior, errors, mask)
