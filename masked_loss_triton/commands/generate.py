@@ -25,7 +25,7 @@ EXAMPLE = (
 )
 # Flags that are fields of MaskRequest and of Generation, by the same name.
 REQUEST = ("select", "min_score", "min_mask_score", "min_size", "padding", "blur", "invert")
-GENERATION = ("device", "dtype", "batch_size", "key_interval", "no_detection", "overwrite", "debug")
+GENERATION = ("device", "dtype", "batch_size", "key_interval", "no_detection", "compare", "overwrite", "debug")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +127,12 @@ def _add_how(how: Any) -> None:
         default="none",
         help="make masks again that generate made; with drawn also those that a person made or changed: copies of them are kept",
     )
-    how.add_argument("--strict", action="store_true", help="exit status 1 when nothing was found in some of them")
+    how.add_argument("--compare", action="store_true", help="tell of masks that are not of what stands out (U2-Net)")
+    how.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit status 1 when nothing was found in some of them, or a mask looks odd",
+    )
     how.add_argument("--sheet", metavar="NAME", help="contact sheet NAME.png and NAME.html (default: OUTPUT_DIR_sheet)")
     how.add_argument("--sheet_limit", type=int, default=48, metavar="N", help="items on it (48); 0 draws none")
 
@@ -170,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet_limit and found.jobs:
         _draw(sheet, found.jobs, args, summary)
     summary.show()
-    return 1 if summary.problems or (args.strict and summary.nothing) else 0
+    return 1 if summary.problems or (args.strict and (summary.nothing or summary.doubtful)) else 0
 
 
 def _find(args: argparse.Namespace, shard: Shard) -> Jobs:

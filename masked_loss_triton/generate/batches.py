@@ -34,6 +34,8 @@ from masked_loss_triton.generate.mask_files import (
     write_video,
 )
 from masked_loss_triton.generate.prompts import MaskRequest
+from masked_loss_triton.generate.quality import marks_of_clip, picture_marks
+from masked_loss_triton.generate.saliency import Saliency, find_saliency
 from masked_loss_triton.masks.frames import frame_rate, read_clip, read_frames, to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 from masked_loss_triton.masks.sources import exif_orientation
@@ -53,6 +55,7 @@ class Done:
         message: what is wrong, one line.
         mean: mean weight of the mask that was written, 0 to 1.
         detected: whether what it shows was detected: False where a box was given.
+        marks: what is odd about it, see `quality`.
     """
 
     job: Job
@@ -60,6 +63,7 @@ class Done:
     message: str = ""
     mean: float = 0.0
     detected: bool = True
+    marks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ class Generation:
         batch_size: pictures for the models at once.
         key_interval: clips are looked at anew every so many frames.
         no_detection: "none", "black" or "white": the mask where nothing was found.
+        compare: whether each picture's mask is compared with what stands out, for its marks; half a second or two each.
         overwrite: which masks are made again: "none", "generated" (those of an earlier run), "drawn" (all; what was drawn by
             hand is kept in a folder `.replaced-masks` in `output_dir`).
         debug: let unexpected errors through instead of telling them as a problem of the file.
@@ -90,6 +95,7 @@ class Generation:
     batch_size: int = 4
     key_interval: int = 24
     no_detection: str = "none"
+    compare: bool = False
     overwrite: str = "none"
     debug: bool = False
     started: str = dataclasses.field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S"))
@@ -133,7 +139,8 @@ class Generation:
             batch_size=self.batch_size,
             models=self.models,
         )
-        return Worker(Engine(detector, segmenter, self.request, self.key_interval), self)
+        engine = Engine(detector, segmenter, self.request, self.key_interval)
+        return Worker(engine, self, find_saliency(self.models) if self.compare else None)
 
     def batches(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Pictures by `batch_size`, each clip alone, in the order of the jobs."""
@@ -176,9 +183,11 @@ class Worker:
     Args:
         engine: what finds things and makes masks of them.
         generation: what is noted in the masks, what stands in for a mask where nothing was found, which masks may go.
+        saliency: finds what stands out, to compare with; None compares nothing.
     """
 
-    def __init__(self, engine: Engine, generation: Generation) -> None:
+    def __init__(self, engine: Engine, generation: Generation, saliency: Saliency | None = None) -> None:
+        self.saliency = saliency
         self.engine, self.note, self.debug = engine, generation.note(), generation.debug
         self.fallback = FALLBACKS[generation.no_detection]
         self.replacement = Replacement(generation.overwrite, generation.output_dir, generation.copies)
@@ -211,7 +220,9 @@ class Worker:
         means = [float(frame.mean()) / 255 for frame in frames]
         note = read_note(mask) or {}
         detected = any(one["score"] is not None for one in note.get("found", ()))
-        return Done(job, "nothing" if note.get("fallback") else "written", "", sum(means) / len(means), detected)
+        status = "nothing" if note.get("fallback") else "written"
+        marks = marks_of_clip(mask) if job.is_clip else note.get("marks", ())
+        return Done(job, status, "", sum(means) / len(means), detected, tuple(marks))
 
     def _passed_over(self, job: Job) -> Done | None:
         """What becomes of a job without looking at its picture, or None for one that is to be worked on.
@@ -229,13 +240,14 @@ class Worker:
 
     def _pictures(self, jobs: list[Job], pictures: list[np.ndarray]) -> list[Done]:
         if len(jobs) == 1:
-            return [self._guarded(jobs[0], lambda job: self._write(job, self.engine.masks(pictures)[0]), jobs[0])]
+            (job,), (picture,) = jobs, pictures
+            return [self._guarded(job, lambda: self._write(job, picture, self.engine.masks(pictures)[0]))]
         try:
             results = self.engine.masks(pictures)
         except Exception:  # one of them spoils the batch, or all are too much for the memory: one by one it shows
             singles = zip(jobs, pictures, strict=True)
             return [done for job, picture in singles for done in self._pictures([job], [picture])]
-        return [self._guarded(job, self._write, job, result) for job, result in zip(jobs, results, strict=True)]
+        return [self._guarded(job, self._write, job, *rest) for job, *rest in zip(jobs, pictures, results, strict=True)]
 
     def _guarded(self, job: Job, make: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -249,18 +261,27 @@ class Worker:
             reason = " ".join(str(error).split()) or type(error).__name__
             return Done(job, "problem", f"{job.source}: {type(error).__name__}: {reason} (--debug shows where)")
 
-    def _write(self, job: Job, result: FrameMask) -> Done:
-        mask, note, status = result.mask, self._note_of(result), "written"
+    def _write(self, job: Job, picture: np.ndarray, result: FrameMask) -> Done:
+        mask, note, status, marks = result.mask, self._note_of(result), "written", self._marks(picture, result)
         if not result.found_any(self.engine.request):
             status = "nothing"
             if self.fallback is None:
                 self._clear(job)
                 return Done(job, status)
-            mask, note = np.full_like(mask, self.fallback), {**note, "fallback": True}
+            mask, note, marks = np.full_like(mask, self.fallback), {**note, "fallback": True}, []
+        note["marks"] = marks
         expected = self.replacement.keep_copy(job.target)
         write_mask(job.target, mask, note, exif_orientation(job.source), expected=expected)
         self._clear(job, but=job.target)
-        return Done(job, status, mean=float(mask.mean()) / 255, detected=result.detected)
+        return Done(job, status, "", float(mask.mean()) / 255, result.detected, tuple(marks))
+
+    def _marks(self, picture: np.ndarray, result: FrameMask) -> list[str]:
+        instances = [one for found in result.found.values() for one in found]
+        given = [one.box for one in instances if one.score is None]
+        scores = [score for one in instances for score in (one.score, one.mask_score) if score is not None]
+        salience = None if self.saliency is None else self.saliency.salience(picture) > 0.5
+        mask = (255 - result.mask if self.engine.request.invert else result.mask) > 127
+        return picture_marks(picture, mask, given, scores, salience)
 
     def _clip(self, job: Job) -> Done:
         means: list[float] = []
@@ -289,7 +310,7 @@ class Worker:
             shapes = (frame.shape[:2] for frame in read_clip(job.source))
             self._write_clip(job, ((np.full(shape, grey, np.uint8), note) for shape in shapes))
             return Done(job, "nothing", mean=grey / 255)
-        return Done(job, "written", mean=sum(means) / len(means), detected=detected)
+        return Done(job, "written", "", sum(means) / len(means), detected, tuple(marks_of_clip(job.target)))
 
     def _write_clip(self, job: Job, frames: Iterable[tuple[np.ndarray, dict[str, Any]]]) -> None:
         if job.target.name == f"{job.source.stem}.mkv":

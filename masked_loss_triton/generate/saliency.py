@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,15 @@ def find_weights(wanted: str = "") -> Path:
                 return place / name
     flag = f"--saliency_model {wanted}" if wanted else "u2netp.onnx"
     raise UserError(f"{flag} is not on this machine: {INSTALL} (4.6 MB), or give an ONNX file with --saliency_model", 2)
+
+
+def find_saliency(models: Mapping[str, Any]) -> Saliency:
+    """Returns the network that is named or on this machine.
+
+    Raises:
+        UserError: see `load`.
+    """
+    return _load(os.fspath(find_weights(models.get("saliency_model") or "")), "cpu")
 
 
 def _network(file: str, side: int, device: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,4 +1,4 @@
-"""Makes the contact sheet: every mask over its picture, read back from the files, those without a detection first."""
+"""Makes the contact sheet: every mask over its picture, read back from the files, the doubtful ones first."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.contact_sheet import ACCENT, MAX_STRIP, Card, draw, save_sheet
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import read_note
+from masked_loss_triton.generate.quality import marks_of
 from masked_loss_triton.masks.frames import clip_frame_count, read_clip, read_frames, to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 
@@ -23,13 +24,16 @@ SIDE = 448  # longest side of what is kept of a picture, pixels: twice a panel
 def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
     """Writes NAME.png and NAME.html with at most `limit` items, and returns how many it has.
 
-    Those without a mask come first; the others are chosen evenly.
+    Those without a mask come first, then those with marks (see `quality`), most marks first; the others are chosen evenly.
 
     Raises:
         UserError: naming the file that cannot be written.
     """
-    missing = [job for job in jobs if job.mask() is None][:limit]
-    others = [job for job in jobs if job.mask() is not None]
+    marks = {job.source: _marks(job) for job in jobs}
+    missing = [job for job in jobs if job.mask() is None]
+    missing += sorted((job for job in jobs if marks[job.source]), key=lambda job: -len(marks[job.source]))
+    missing = missing[:limit]
+    others = [job for job in jobs if job.mask() is not None and not marks[job.source]]
     space = limit - len(missing)
     if len(others) > space:
         others = [others[index * len(others) // space] for index in range(space)] if space else []
@@ -37,7 +41,7 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
     for job in missing + others:
         # What cannot be read has been told as a problem already, and a mask of another size or length is for `check` to tell.
         with contextlib.suppress(UserError, ValueError):
-            cards.append(_card(job))
+            cards.append(_card(job, marks[job.source]))
             images.append(draw(cards[-1]))
     if cards:
         notes = [f"{len(cards)} of {len(jobs)} items. Full colour is learned with weight 1, dark red with weight 0."]
@@ -70,14 +74,24 @@ def choose_sheet_name(given: str | None, input_dir: Path, output_dir: Path) -> P
     return Path(given)
 
 
-def _card(job: Job) -> Card:
+def _marks(job: Job) -> list[str]:
+    with contextlib.suppress(UserError, ValueError):
+        return marks_of(job)
+    return []
+
+
+def _card(job: Job, marks: list[str]) -> Card:
     mask_path = job.mask()
     note = (read_note(mask_path) if mask_path is not None else None) or {}
     pictures, masks = (_clip if job.is_clip else _picture)(job, mask_path, note)
     weights = np.stack(masks).astype(np.float32) / 255
     return Card(
         name=str(job.source).encode("utf-8", "backslashreplace").decode(),
-        facts=[_found(note, mask_path), f"mean weight {weights.mean():.1%}" if mask_path is not None else ""],
+        facts=[
+            _found(note, mask_path),
+            f"mean weight {weights.mean():.1%}" if mask_path is not None else "",
+            *([f"look at it: {'; '.join(marks)}"] if marks else []),
+        ],
         picture_label="middle frame" if job.is_clip else "picture",
         pictures=pictures,
         mask=weights[len(weights) // 2],

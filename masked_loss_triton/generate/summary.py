@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from masked_loss_triton.files.progress import printable
 from masked_loss_triton.generate.batches import Done, Generation
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import read_note
+from masked_loss_triton.generate.quality import marks_of
 from masked_loss_triton.masks.reading import unread_text
 
 MOST_NAMES = 10
@@ -27,6 +28,7 @@ class Summary:
         self.present, self.other_settings = 0, 0
         self.means: list[float] = []
         self.undetected = 0
+        self.doubtful: dict[str, Sequence[str]] = {}
         self.nothing: list[str] = []
         self.problems: list[str] = []
         self.drawn: list[str] = []
@@ -45,12 +47,16 @@ class Summary:
             self.other_settings += any(note.get(key) != value for key, value in wanted.items())
             if note.get("fallback"):
                 self.nothing.append(str(job.source))
+            elif marks := marks_of(job):
+                self.doubtful[str(job.source)] = marks
 
     def add(self, done: Done, say: Callable[[str], None] = _say) -> None:
         """Counts one job; `say` prints its problem."""
         if done.status == "written":
             self.means.append(done.mean)
             self.undetected += not done.detected
+            if done.marks:
+                self.doubtful[str(done.job.source)] = done.marks
         elif done.status == "nothing":
             self.nothing.append(str(done.job.source))
         elif done.status == "kept":
@@ -89,6 +95,11 @@ class Summary:
             print(f"{self.undetected} of a box that was given: nothing was looked for; look at them")
         for name in sorted(self.nothing):
             print(printable(f"Nothing found: {name}"))
+        worst = sorted(self.doubtful, key=lambda name: (-len(self.doubtful[name]), name))
+        for name in worst[:MOST_NAMES]:
+            print(printable(f"Look at {name}: {'; '.join(self.doubtful[name])}"))
+        if len(worst) > MOST_NAMES:
+            print(f"and at {len(worst) - MOST_NAMES} more: the sheet shows the worst first")
         for name in sorted(self.drawn)[:MOST_NAMES]:
             print(printable(f"Kept, not made by generate: {name}"))
         if self.drawn:
