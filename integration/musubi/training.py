@@ -89,6 +89,7 @@ class MaskedTraining:
         self.config = options.config()
         self.step = 0  # micro-batches
         self.optimizer_step = 0
+        self._resumed_at = 0
         self.masked = 0
         self.taught = 0
         self.teacher: Teacher | None = None
@@ -190,7 +191,8 @@ class MaskedTraining:
                 has_prior=step.needs_teacher,
                 step=self.step,
                 rank=accelerator.process_index,
-                progress=self.optimizer_step / args.max_train_steps,
+                # A resumed run trains that many steps more.
+                progress=self.optimizer_step / (self._resumed_at + args.max_train_steps),
             )
 
     def loss(
@@ -271,6 +273,7 @@ class MaskedTraining:
                 counters = json.loads(file.metadata()["counters"])
                 self._saved_average = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.step, self.optimizer_step = int(counters["step"]), int(counters["optimizer_step"])
+            self._resumed_at = self.optimizer_step
             self.masked, self.taught, self._seed = int(counters["masked"]), int(counters["taught"]), counters["seed"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -116,6 +116,37 @@ def observe() -> None:
     MaskedTraining.begin, MaskedTraining.loss = begin_and_keep, loss_and_look
 
 
+def watch_routing() -> None:
+    """Writes, for each micro-batch, which tokens were kept, and of each pass through the first block whether it was differentiated
+    and how many tokens it computed; then the hooks that are left on the model."""
+    from masked_loss_triton.integration.musubi.routing import Routing
+    from masked_loss_triton.integration.musubi.training import MaskedTraining
+
+    start, loss, passes, models = Routing.__init__, MaskedTraining.loss, [], []
+
+    def start_and_count(self, options, model, seed):
+        start(self, options, model, seed)
+        models.append(model)
+        block = self.layout.lanes[0].blocks[0]
+        forward = block.forward
+
+        def count(x, *rest, **named):
+            passes.append([x.requires_grad, x.shape[1]])
+            return forward(x, *rest, **named)
+
+        block.forward = count
+
+    def loss_and_write(self, pred, target, step, *rest):
+        kept = step.routed.kept.index.tolist()
+        hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in models[0].modules())
+        with open(os.environ["LAB_OBSERVE"], "a") as file:
+            file.write(json.dumps({"kept": kept, "passes": passes[:], "hooks": hooks}) + "\n")
+        passes.clear()
+        return loss(self, pred, target, step, *rest)
+
+    Routing.__init__, MaskedTraining.loss = start_and_count, loss_and_write
+
+
 def every_token_through_the_hooks() -> None:
     """Routing keeps all tokens, and takes them through its hooks nevertheless."""
     from masked_loss_triton.routing import Router

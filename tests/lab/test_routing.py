@@ -75,6 +75,44 @@ def test_it_goes_with(laboratory, what):
     assert plain.lora == every.lora != half.lora
 
 
+def test_resumed_keeps_the_same_tokens_and_the_log_counts_them(laboratory, tmp_path):
+    """Four steps at once, and two twice, with a teacher who computes every token. One picture, so that the order is the same."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    root = laboratory.cache("wan", "masks", ("img0",))
+    flags = [*HALF, BLOCKS["wan"], "--inverted_mask_prior", "--save_state", "--save_every_n_epochs", "2"]
+    flags += ["--log_with", "tensorboard", "--logging_dir", str(tmp_path / "log")]
+
+    def train(name, steps, *more):
+        seen = tmp_path / name
+        given = {"steps": steps, "hooks": ("fixed_noise", "watch_routing"), "batch_size": 1, "name": name}
+        run = laboratory.train("wan", root, *flags, *more, LAB_OBSERVE=str(seen), **given)
+        return run, [json.loads(line) for line in seen.read_text().splitlines()]
+
+    whole, seen = train("whole", 4)
+    half, _ = train("half", 2)
+    rest, seen_later = train("rest", 2, "--resume", str(half.lora_file.parent / "half-state"))
+    assert rest.losses == whole.losses[2:]
+    assert rest.lora == whole.lora
+    assert [one["kept"] for one in seen_later] == [one["kept"] for one in seen[2:]]
+    assert seen[0]["kept"] != seen[1]["kept"]
+    tokens = len(seen[0]["kept"][0])
+    every = seen[0]["passes"][0][1]
+    assert tokens == -(-every // 2)
+    for step in seen:
+        assert [count for _, count in step["passes"]] == [every, tokens]  # the teacher's, the student's
+        assert step["hooks"] == 0
+    events = min((tmp_path / "log").rglob("events.out*"), key=os.path.getmtime)
+    log = EventAccumulator(str(events.parent)).Reload()
+    read = {name: [event.value for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
+    assert read["mask/routing_kept"] == pytest.approx([tokens / every] * 4)
+    assert all(0 < value < 1 for value in read["mask/routing_weighted"])
+    assert all(
+        0.5 < value < 0.75 for value in read["mask/routing_saved"]
+    )  # both blocks: by the tokens, and by their square
+
+
 def test_cross_attention_gated_by_a_white_mask_is_the_ungated_run(laboratory):
     white, masks = (laboratory.cache("wan", name) for name in ("masks_white", "masks"))
     gated = ["--use_mask_loss", "--mask_cross_attention"]

@@ -172,8 +172,13 @@ def test_resumed_is_uninterrupted(labs, tmp_path):
     given = {"batch_size": 1, **by_item()}
     flags = [*HALF, "--mask_routing_background", "0.75"]
     whole = trained("method", labs["one"], *flags, save_at=2, state=tmp_path / "state", **given)
-    rest = trained("method", labs["one"], *flags, resume=str(tmp_path / "state"), max_train_steps=4, **given)
+    given.update(trackers=["log"])
+    resumed = {**given, "resume": str(tmp_path / "state"), "max_train_steps": 4}  # four more, as the trainers count
+    rest = trained("method", labs["one"], *flags, **resumed)
     assert rest.losses[:2] == whole.losses[2:]
+    assert [log["mask/routing_kept"] for log in rest.logs] == [0.5] * 4
+    until = trained("method", labs["one"], *flags, "--mask_routing_until", "0.75", **resumed)
+    assert [log["mask/routing_kept"] for log in until.logs] == [0.5, 0.5, 0.5, 1.0]  # of six in all
     anew = trained("method", labs["one"], *flags, **given)
     assert anew.losses == whole.losses
 
@@ -220,6 +225,7 @@ def test_what_the_gate_lets_through_is_the_weight_of_the_token(labs):
     assert (weight == 0).any()
     assert (weight == 1).any()
     assert (gated[weight == 0] == 0).all()
+    assert (every[weight == 0] != 0).all()
     assert torch.equal(gated[weight == 1], every[weight == 1])
 
 
