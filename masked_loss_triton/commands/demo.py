@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="DIR",
         help="your photographs instead of the shipped ones; masks from their alpha channel, "
-        "from NAME_mask.* beside NAME.*, else by GrabCut from a central rectangle",
+        "from NAME_mask.* beside NAME.*, else of what stands out, as `generate` makes them",
     )
     parser.add_argument("--output", metavar="DIR", default="demo_report", help="folder to write (default: demo_report)")
     parser.add_argument("--steps", metavar="N", help=f"training steps of each LoRA (default: {STEPS})")

@@ -21,7 +21,9 @@ from masked_loss_triton.demo.output import write_tensors
 from masked_loss_triton.demo.photos import Photo, Warn
 from masked_loss_triton.demo.tuning import Examples
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.generate.backends import WORDLESS, split_backend
 from masked_loss_triton.generate.batches import Generation, generate_masks
+from masked_loss_triton.generate.choice import choose_backend
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 from masked_loss_triton.masks.geometry import resize_to_bucket
@@ -51,7 +53,7 @@ def make_dataset(photos: Sequence[Photo], folder: Path, side: int, warn: Warn) -
             continue
         file.unlink()
         (folder / MASKS / file.name).unlink(missing_ok=True)
-        how = "its mask" if photo.mask is not None else "GrabCut's mask"
+        how = "its mask" if photo.mask is not None else "the generated mask"
         warn(f"skipped: {photo.name}: {how} covers {share:.1%} of it: give it an alpha channel that shows the subject")
     if not any((folder / CACHES).iterdir()):
         raise UserError("no photograph with a usable mask is left")
@@ -71,13 +73,16 @@ def write_photo(photo: Photo, folder: Path) -> Path:
 
 
 def generate_mask(file: Path, folder: Path, photo: Photo) -> float:
-    """Makes the mask of a picture by `masked-loss generate --backend grabcut` and returns its mean, 0 to 1.
+    """Makes the mask of a picture as `masked-loss generate` does without words, and returns its mean, 0 to 1; where nothing is
+    found it is 0.
 
     Raises:
         UserError: naming the file, when it cannot be made.
     """
-    request = MaskRequest(prompts=(Prompt("subject"),), reference_box=photo.box, blur=MASK_BLUR)
-    generation = Generation(request=request, output_dir=folder, backend="grabcut")
+    backend, _ = choose_backend(False, {})
+    layer = Prompt(WORDLESS[split_backend(backend)[0]])
+    request = MaskRequest(prompts=(layer,), reference_box=photo.box, blur=MASK_BLUR)
+    generation = Generation(request=request, output_dir=folder, backend=backend)
     (done,) = generate_masks([Job(file, folder / file.name, is_clip=False)], generation)
     if done.status == "problem":
         raise UserError(done.message)

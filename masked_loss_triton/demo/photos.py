@@ -31,7 +31,7 @@ Warn = Callable[[str], None]
 class Photo:
     """A photograph, uint8 (H, W, 3), upright, and its mask, uint8 (H, W), or None where `generate` has to make one.
 
-    box: where the subject is, left, top, right, bottom as fractions of the picture.
+    box: where the subject is, left, top, right, bottom as fractions of the picture, for a machine without U2-Net's weights.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Shipped:
 
 SUBJECTS = {
     "astronaut": Shipped("skimage", "data/astronaut.png", crop=(0, 0, 512, 512), box=(40, 10, 380, 505)),
-    "coffee": Shipped("skimage", "data/coffee.png", crop=(80, 0, 480, 400), box=(5, 15, 395, 380)),
+    "coffee": Shipped("skimage", "data/coffee.png", crop=(40, 0, 440, 400), box=(45, 15, 400, 380)),
     "flower": Shipped("sklearn", "datasets/images/flower.jpg", crop=(90, 0, 517, 427), box=(70, 75, 360, 370)),
     "pagoda": Shipped("sklearn", "datasets/images/china.jpg", crop=(35, 0, 462, 427), box=(20, 20, 335, 365)),
 }

@@ -81,7 +81,7 @@ $photos
 $curves
 
 <h2>How it was made</h2>
-<p>Masks by <code>masked-loss generate</code> with OpenCV's GrabCut, unless the photographs came with their own. As
+<p>Masks by <code>masked-loss generate</code> without words, of what stands out, unless the photographs came with their own. As
 <code>masked-loss cache</code> does it, they are averaged to the size of the latents and kept in the latent caches, where training
 finds them. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
 pictures. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
