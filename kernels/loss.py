@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
+from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.operands import LossLaunch, Operand, Walk, mask_steps, offsets_of, walked
 from masked_loss_triton.kernels.stages import (
     Gates,
@@ -58,7 +58,6 @@ class LossOptions(StageOptions):
         ONE_FRAME: the weights or the mask have one frame, pred has several.
         CELL_VECTOR: neighbours whose weights are neighbours too: their number divides every place where a frame or a fold ends.
         OFFSET: int64 where a tensor spans 2^31 elements, else int32.
-        BLOCK_TILES: partial sums of the weights that are read at once.
         VECTOR, BLOCK_P, BLOCK_C, CHANNEL_BLOCKS: see `LossLaunch`.
     """
 
@@ -73,7 +72,6 @@ class LossOptions(StageOptions):
     ONE_FRAME: bool
     CELL_VECTOR: int
     OFFSET: tl.dtype
-    BLOCK_TILES: int
     VECTOR: int
     BLOCK_P: int
     BLOCK_C: int
@@ -245,8 +243,6 @@ def plan_loss(
         ONE_FRAME=one_frame,
         CELL_VECTOR=common_divisor([height * width if one_frame else frames * height * width], launch.vector),
         OFFSET=tl.int64 if max(x.span for x in operands if x is not None) >= 2**31 else tl.int32,
-        # At least one element per thread: fewer would be read once by every warp.
-        BLOCK_TILES=max(32 * launch.num_warps, next_power_of_2(min(1024, tiles * (1 if config.per_sample else batch)))),
         VECTOR=launch.vector,
         BLOCK_P=launch.block_p,
         BLOCK_C=launch.block_c,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -12,6 +13,16 @@ import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
 from masked_loss_triton.kernels.stages import split_position
+
+
+@functools.cache
+def warps() -> int:
+    """The warps of 128 threads on the current device: 4, or 2 where AMD has waves of 64.
+
+    With 4 waves of 64, two would share the positions, and every sum over channels would cross from one to the other.
+    """
+    wide = torch.version.hip is not None and torch.cuda.get_device_properties("cuda").warp_size == 64
+    return 2 if wide else 4
 
 
 class Operand(NamedTuple):
@@ -96,7 +107,7 @@ class LossLaunch:
 
     vector, block_p, block_c: a thread holds 16 bytes of one channel of the widest operand (4 float32 or 8 halves: one 128-bit
         access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
-        the next access), 4 warps lie along the positions, and block_c channels are in flight per thread. Where channels are
+        the next access), 128 threads lie along the positions, and block_c channels are in flight per thread. Where channels are
         the innermost axis it is the other way. Where positions are not one run, each element has an offset of its own in every
         tensor, and a thread takes 4 halves.
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
@@ -113,7 +124,7 @@ class LossLaunch:
     block_c: int
     channel_blocks: int
     registers: int
-    num_warps: int = 4
+    num_warps: int = dataclasses.field(default_factory=warps)
     without_prior: ClassVar[int] = 64
     with_prior: ClassVar[int] = 96
     scattered: ClassVar[int] = 128  # positions that are not one run

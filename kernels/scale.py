@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import ceil_div
+from masked_loss_triton.kernels.operands import warps
 
 
 @triton.jit
@@ -26,12 +27,12 @@ def scale_kernel(gradient_ptr, grad_output_ptr, count, BLOCK: tl.constexpr):
 class ScaleLaunch:
     """Launch configuration of the scale kernel.
 
-    block: 4096 elements on 4 warps, 32 per thread: a plain backward starts few programs that read one number and return.
+    block: 4096 elements on 128 threads, 32 for each: a plain backward starts few programs that read one number and return.
     registers: what a thread may use at most: its 32 elements and little else. 12 programs are resident.
     """
 
     block: int = 4096
-    num_warps: int = 4
+    num_warps: int = dataclasses.field(default_factory=warps)
     registers: ClassVar[int] = 40
 
 

@@ -28,6 +28,9 @@ MIN_RAW = tl.constexpr(6)  # then, as minima too, of -raw, w, -w, v, -v, and of 
 PLANES = 3
 PLANES_WITH_STATS = 13
 
+# Numbers of other programs that are read at once, eight by each thread: a longer row costs another round to memory.
+BLOCK_SUMS = tl.constexpr(1024)
+
 # Columns of the statistics, in the order of MaskedLossStats.
 STATS = 19
 # What each program writes of its part of the loss: terms of target and prior, and with statistics four sums of plain errors.
@@ -75,15 +78,14 @@ class Outputs(NamedTuple):
 @triton.jit
 def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sum of one plane of the partial sums: of sample b, or of the whole batch."""
-    BLOCK_TILES: tl.constexpr = OPTIONS.BLOCK_TILES
     start = PLANE * batch * tiles
     count = batch * tiles
     if OPTIONS.PER_SAMPLE:
         start += b * tiles
         count = tiles
-    total = tl.zeros((BLOCK_TILES,), tl.float32)
-    for first in range(0, count, BLOCK_TILES):
-        index = first + tl.arange(0, BLOCK_TILES)
+    total = tl.zeros((BLOCK_SUMS,), tl.float32)
+    for first in range(0, count, BLOCK_SUMS):
+        index = first + tl.arange(0, BLOCK_SUMS)
         total += tl.load(partials_ptr + start + index, mask=index < count, other=0.0)
     return tl.sum(total, axis=0)
 
@@ -137,23 +139,24 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
 
 @triton.jit
 def sum_of(values_ptr, count):
-    """Sum of `count` numbers that other programs have just written, in a fixed order; one per thread and step, since volatile
-    loads are never wider than one number."""
-    total = tl.zeros((128,), tl.float32)
-    for first in range(0, count, 128):
-        index = first + tl.arange(0, 128)
-        total += tl.load(values_ptr + index, mask=index < count, other=0.0, volatile=True)
+    """Sum of `count` numbers that other programs have just written, in a fixed order.
+
+    `.cv` reads past the first-level cache, which may hold older values; `volatile` does not on AMD, and loads one number at a time.
+    """
+    total = tl.zeros((BLOCK_SUMS,), tl.float32)
+    for first in range(0, count, BLOCK_SUMS):
+        index = first + tl.arange(0, BLOCK_SUMS)
+        total += tl.load(values_ptr + index, mask=index < count, other=0.0, cache_modifier=".cv")
     return tl.sum(total, axis=0)
 
 
 @triton.jit
 def plane_total(partials_ptr, count, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """The sum of one plane of the partial sums over the batch, or from MIN_RAW on its minimum."""
-    BLOCK_TILES: tl.constexpr = OPTIONS.BLOCK_TILES
     neutral = 0.0 if PLANE < MIN_RAW else float("inf")
-    result = tl.full((BLOCK_TILES,), neutral, tl.float32)
-    for first in range(0, count, BLOCK_TILES):
-        index = first + tl.arange(0, BLOCK_TILES)
+    result = tl.full((BLOCK_SUMS,), neutral, tl.float32)
+    for first in range(0, count, BLOCK_SUMS):
+        index = first + tl.arange(0, BLOCK_SUMS)
         item = tl.load(partials_ptr + PLANE * count + index, mask=index < count, other=neutral)
         if PLANE < MIN_RAW:
             result += item

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels.operands import warps
 from masked_loss_triton.kernels.resampling import raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
@@ -238,10 +239,10 @@ def weights_kernel(
 class WeightsLaunch:
     """Launch configuration of the weights kernel, and of the resampling one before a blur.
 
-    block: 512 positions on 4 warps: four per thread, so that a float32 mask on the grid is read 128 bits at a time.
-    tiles: programs for the batch. Every program of the loss kernel reads all partial sums, so there are at most 64 of them: 256
-        bytes beside the 100 KB that it reads of everything else, and still enough programs for a mask of 1/16 of pred's bytes. A
-        mask that is resampled may weigh more than pred, and gets up to 256.
+    block: 512 positions on 128 threads: four for each, so that a float32 mask on the grid is read 128 bits at a time.
+    tiles: programs for the batch, up to 1,024: as many as fill every device, each with one 16-byte load in flight per thread and
+        little more to do. Every program of the loss kernel reads all partial sums: 4 KB then, beside the 100 KB and more that it
+        reads of everything else.
     registers: what a thread may use at most: 4 programs are resident on every NVIDIA multiprocessor. Both kernels read a mask,
         mostly a sixteenth of pred.
     """
@@ -249,14 +250,14 @@ class WeightsLaunch:
     block: int
     tiles: int
     blocks_per_tile: int
-    num_warps: int = 4
+    num_warps: int = dataclasses.field(default_factory=warps)
     registers: ClassVar[int] = 128
 
     @classmethod
-    def choose(cls, positions: int, batch: int, resampled: bool) -> WeightsLaunch:
+    def choose(cls, positions: int, batch: int) -> WeightsLaunch:
         block = 512
         blocks = ceil_div(positions, block)
-        tiles = min(blocks, max(1, (256 if resampled else 64) // batch))
+        tiles = min(blocks, max(1, 1024 // batch))
         blocks_per_tile = ceil_div(blocks, tiles)
         return cls(block, ceil_div(blocks, blocks_per_tile), blocks_per_tile)
 
@@ -294,7 +295,7 @@ def plan_weights(
     positions = math.prod(shape)
     blurred = mask is not None and config.blur_kernel_size > 1
     on_grid = mask is None or (mask.shape[2:] == grid[1:] and mask.shape[1] in (1, grid[0]))
-    launch = WeightsLaunch.choose(positions, batch, mask is not None and mask.shape[2:] != grid[1:])
+    launch = WeightsLaunch.choose(positions, batch)
     stages = Stages.of(config)
 
     def options(**more: bool | int | str) -> WeightsOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from masked_loss_triton.kernels.loss import LossLaunch
+from masked_loss_triton.kernels.operands import LossLaunch
 from masked_loss_triton.kernels.scale import ScaleLaunch
 from masked_loss_triton.kernels.weights import WeightsLaunch
 

@@ -101,6 +101,8 @@ class Launch:
         keywords = dict(self.options, debug=False)
         if target.backend != "cuda":
             keywords.pop("maxnreg", None)  # as the launchers leave it out there
+        if target.warp_size == 64 and "num_warps" in keywords:
+            keywords["num_warps"] //= 2  # as `warps` has it there
         bound, specialization, _ = bind(**self.arguments, **keywords)
         # Private names, but the only way to follow the JIT; these are the same from Triton 3.4 to 3.9.
         kinds = [kind for kind, *_ in specialization]

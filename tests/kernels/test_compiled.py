@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from bench.cases import build
 from bench.lab.budgets import REGISTERS
 from bench.lab.variants import TARGETS, VARIANTS
-from masked_loss_triton.kernels.loss import LossLaunch
+from masked_loss_triton.kernels.operands import LossLaunch
+from masked_loss_triton.kernels.weights import WeightsLaunch
 
 # The subset that fits into two minutes; `python -m bench.lab.compiled` and `bench.lab.gate` do all variants on all targets.
 CHECKED = ("main", "prior", "prior bf16", "flow", "26x38", "pixels uint8 bf16")
@@ -134,3 +135,34 @@ compiled((2, 4, 4, 6, 6), m(1, 1, 1, 48).expand(2, 1, 48, 48))
 def test_sizes_and_strides_of_one_compile():
     finished = python("-c", ODD)
     assert finished.returncode == 0, finished.stderr
+
+
+# What is read of other programs' sums must not come from a first-level cache, and no wave may share another's positions.
+SUMS = """
+from bench.cases import build
+from bench.lab.launches import DEVICES, launches_of
+from bench.lab.variants import VARIANTS
+for target, past_the_cache, barrier in (("sm_90", "ld.global.cv", "bar.sync"), ("gfx942", "sc0 sc1", "s_barrier")):
+    device = DEVICES[target]
+    _, launch, _ = launches_of(build(VARIANTS["main"], filled=False), device.multiprocessors)
+    code = launch.compile(device.target).asm
+    code = code.get("amdgcn") or code["ptx"]
+    print(code.count(past_the_cache), code.count(barrier))
+"""
+
+
+@pytest.mark.slow
+def test_sums_of_other_programs_are_read_past_the_first_cache_on_both_makers_devices():
+    finished = python("-c", SUMS)
+    assert finished.returncode == 0, finished.stderr
+    nvidia, amd = ([int(number) for number in line.split()] for line in finished.stdout.splitlines())
+    assert nvidia == amd  # eight loads of each of 128 threads; as many barriers with two waves of 64 as with four of 32
+    assert nvidia[0] == 8
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_weights_of_a_long_clip_are_made_by_all_of_the_device(batch):
+    """HunyuanVideo, 720p, 129 frames: four programs and more for each of an H100's multiprocessors."""
+    launch = WeightsLaunch.choose(33 * 90 * 160, batch)
+    assert launch.tiles * batch >= 4 * 132
+    assert launch.tiles * launch.blocks_per_tile * launch.block >= 33 * 90 * 160
