@@ -79,6 +79,43 @@ class LossOptions(StageOptions):
 
 
 @triton.jit
+def weights_at(
+    cell, at, inside, weights, mask, gates, b, shape, stages, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr
+):
+    """(m, w, v) at cells of sample b: what the weights kernel wrote, or what stages 0 to 7 make of a mask on the same grid."""
+    CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
+    _batch, _channels, frames, height, width = shape
+    weight_positions = frames * height * width
+    if OPTIONS.ONE_FRAME:
+        weight_positions = height * width
+        cell = cell % weight_positions
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
+    if weights.w_ptr is not None:
+        weight_offsets = b.to(tl.int64) * (weight_positions // CELL_VECTOR * CELL_VECTOR) + cell
+        w = tl.load(weights.w_ptr + weight_offsets, mask=inside, other=0.0)
+        v = tl.zeros_like(w)
+        if weights.v_ptr is not None:
+            v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
+        m = w
+        if weights.m_ptr is not None:
+            m = tl.load(weights.m_ptr + weight_offsets, mask=inside, other=0.0)
+    else:
+        m = tl.full((1, OPTIONS.BLOCK_P), 1.0, tl.float32)
+        if mask is not None:
+            start = b.to(tl.int64) * (mask.b * OPTIONS.MASK_DIVISOR)
+            if OPTIONS.MASK_FLAT:
+                mask_offsets = start + cell
+            else:
+                mask_offsets = start + (at[0] * mask.f + at[1] * mask.h + at[2] * mask.w)
+            m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
+            m = binarized_and_inverted(m, stages, OPTIONS)
+        prior_gate, mask_gate = sample_gates(gates, b)
+        w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
+        m = tl.where(mask_gate, snapped(m), 1.0)
+    return m, w, v
+
+
+@triton.jit
 def loss_kernel(
     pred,  # `Operand`, (B, C, F, H, W)
     target,
@@ -100,9 +137,8 @@ def loss_kernel(
     OPTIONS: tl.constexpr,
 ):
     """Writes gradient and loss; grid (tiles of positions, groups of channels, B). A program keeps its weights over its channels."""
-    CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
-    _batch, channels, frames, height, width = shape
+    channels = shape[1]
     b = tl.program_id(2)
     position, inside, cell, at = walked(shape, OPTIONS)
 
@@ -111,33 +147,7 @@ def loss_kernel(
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
         s, r = s * grad_output, r * grad_output
 
-    weight_positions = frames * height * width
-    if OPTIONS.ONE_FRAME:
-        weight_positions = height * width
-        cell = cell % weight_positions
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
-    if weights.w_ptr is not None:
-        weight_offsets = b.to(tl.int64) * (weight_positions // CELL_VECTOR * CELL_VECTOR) + cell
-        w = tl.load(weights.w_ptr + weight_offsets, mask=inside, other=0.0)
-        v = tl.zeros_like(w)
-        if weights.v_ptr is not None:
-            v = tl.load(weights.v_ptr + weight_offsets, mask=inside, other=0.0)
-        m = w
-        if weights.m_ptr is not None:
-            m = tl.load(weights.m_ptr + weight_offsets, mask=inside, other=0.0)
-    else:
-        m = tl.full((1, BLOCK_P), 1.0, tl.float32)
-        if mask is not None:
-            start = b.to(tl.int64) * (mask.b * OPTIONS.MASK_DIVISOR)
-            if OPTIONS.MASK_FLAT:
-                mask_offsets = start + cell
-            else:
-                mask_offsets = start + (at[0] * mask.f + at[1] * mask.h + at[2] * mask.w)
-            m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
-            m = binarized_and_inverted(m, stages, OPTIONS)
-        prior_gate, mask_gate = sample_gates(gates, b)
-        w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, OPTIONS, prior is not None)
-        m = tl.where(mask_gate, snapped(m), 1.0)
+    m, w, v = weights_at(cell, at, inside, weights, mask, gates, b, shape, stages, OPTIONS, prior is not None)
     target_weight, prior_weight = s * w, r * v
 
     # One sum per position, weighted when it is whole: the channels of a block are added in the thread that holds them, and a sum
