@@ -10,7 +10,7 @@ import os
 from masked_loss_triton.cache.dataset import load_datasets
 from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX
-from masked_loss_triton.cache.items import LATENT_KEY, find_caches
+from masked_loss_triton.cache.items import cells_of, find_caches
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions
@@ -77,7 +77,7 @@ def inspect_caches(dataset_config: str, suffix: str) -> CacheReport:
             if not weights:
                 unmasked.append(item.path)
                 continue
-            if len(weights) > 1 or not _fits(file, weights[0]):
+            if len(weights) > 1 or file.tensors[weights[0]]["shape"] != [1, *cells_of(file, family)]:
                 raise UserError(f"{item.path}: {', '.join(weights)} does not fit its latents: run {command}")
             sources[file.metadata.get("mask_source", "another program")] += 1
             for key, value in _baked(file).items():
@@ -93,11 +93,6 @@ def inspect_caches(dataset_config: str, suffix: str) -> CacheReport:
             f"{os.fspath(dataset_config)}: no {name} latent caches: run the trainer's caching script, then {command}"
         )
     return CacheReport(sources, baked)
-
-
-def _fits(file: TensorFile, key: str) -> bool:
-    latents = [file.tensors[name]["shape"][1:] for name in file.tensors if LATENT_KEY.fullmatch(name)]
-    return len(latents) == 1 and file.tensors[key]["shape"] == [1, *latents[0]]
 
 
 def _baked(file: TensorFile) -> dict[str, str]:

@@ -18,7 +18,7 @@ def launch(family: str, arguments: Sequence[str], checkout: str | None = None) -
     """Runs the trainer's own main in this process.
 
     Args:
-        family: one of `masked_loss_triton.cache.families.trained()`.
+        family: a name of `FAMILIES`.
         arguments: the trainer's command line, with our flags among its own.
         checkout: a folder of its source code, or None for the installed package.
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from masked_loss_triton.cache.families import FAMILIES, family_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import caches
 from masked_loss_triton.integration.musubi.options import MaskOptions, from_namespace
@@ -94,6 +95,12 @@ class _Masked:
 
     masked: MaskedTraining | None = None
 
+    def train(self, args: Any) -> Any:
+        for name, what in (("dataset_config", "the dataset file"), ("dit", "the model's weights")):
+            if getattr(args, name, "") is None:
+                raise UserError(f"--{name} is missing: name {what}", 2)
+        return super().train(args)  # type: ignore[misc]
+
     def handle_model_specific_args(self, args: Any) -> None:
         super().handle_model_specific_args(args)  # type: ignore[misc]
         self.start_masks(from_namespace(args), args)
@@ -109,14 +116,13 @@ class _Masked:
         if not options.use_mask_loss:
             _say(*notes, "masks are not used: --use_mask_loss is not given")
             return
-        if args.dataset_config is None:
-            raise UserError("--dataset_config is missing: name the dataset file", 2)
         check_family(options, self.architecture)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
         _say(*banner(options), report.summary(), *notes, *_misspelled(args), *report.warnings(options))
         # Later versions of blissful-tuner have a masked loss under the same flag: one of the two is enough.
         args.use_mask_loss = False
-        self.masked = MaskedTraining(options)
+        family = family_of(self.architecture)  # type: ignore[attr-defined]
+        self.masked = MaskedTraining(options, *([FAMILIES[family]] if family else []))
 
     def resume_from_local_or_hf_if_specified(self, accelerator: Any, args: Any) -> Any:
         masked = self.masked
@@ -188,7 +194,9 @@ class _LossMethod(_Masked):
                 args, output, timesteps, noise_scheduler, dit_dtype, *rest, **named
             )
         step, wants_stats = output.extra["masked_loss"]
-        weighting = self._weighting(args, timesteps, noise_scheduler, dit_dtype)
+        weighting = None
+        if self.masked.family.weighting_scheme:
+            weighting = self._weighting(args, timesteps, noise_scheduler, dit_dtype)
         return self.masked.loss(output.pred, output.target, step, weighting, wants_stats), {}
 
     def extra_metadata(self, args: Any) -> dict[str, Any]:

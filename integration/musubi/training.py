@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from masked_loss_triton import mask_weights, masked_loss
+from masked_loss_triton.cache.families import FAMILIES, Family
 from masked_loss_triton.call import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
+from masked_loss_triton.integration.musubi.layouts import grid_of, masked_loss_layout, on_grid
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing import Routing, models
 from masked_loss_triton.integration.musubi.routing.cross_attention import CrossAttentionGate
@@ -50,12 +52,15 @@ class Step:
     routed: RoutedWeights | None = None
 
 
-def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: bool) -> torch.Tensor:
+def mask_of(
+    batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: bool, axes: str = "CFHW"
+) -> torch.Tensor:
     """The cached weights of a batch, (B, 1, F, H, W) on its device.
 
     Args:
         batch: the trainer's; weights are under a name that starts with "mask_weights".
-        latents: (B, C, F, H, W); F counts layers for layered pictures.
+        latents: (B, ...); F counts layers for layered pictures.
+        axes: of the latents after the batch, see `grid_of`.
         first_layer_dropped: the loss is over all layers but the first.
 
     Raises:
@@ -67,7 +72,7 @@ def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: b
         what = f"several masks ({', '.join(sorted(names))})" if names else "no mask weights"
         raise UserError(f"a batch of the dataset has {what}: {again}")
     mask = batch[names[0]]
-    expected = (latents.shape[0], 1, *latents.shape[2:])
+    expected = (latents.shape[0], 1, *grid_of(latents, axes))
     if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != expected:
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise UserError(
@@ -84,8 +89,8 @@ def mask_of(batch: dict[str, Any], latents: torch.Tensor, first_layer_dropped: b
 class MaskedTraining:
     """State and arithmetic of one run. The trainer's adapter calls `begin`, then `loss`, once per micro-batch."""
 
-    def __init__(self, options: MaskOptions) -> None:
-        self.options = options
+    def __init__(self, options: MaskOptions, family: Family = FAMILIES["wan"]) -> None:
+        self.options, self.family = options, family
         self.config = options.config()
         self.step = 0  # micro-batches
         self.optimizer_step = 0
@@ -119,10 +124,11 @@ class MaskedTraining:
         self._after_optimizer_step()
         layered = bool(getattr(args, "is_layered", False))
         dropped = layered and bool(getattr(args, "remove_first_image_from_target", False))
-        mask = mask_of(batch, batch["latents"], dropped)
+        mask = mask_of(batch, batch["latents"], dropped, self.family.latent_axes)
         assert self._seed is not None
         frames, height, width = mask.shape[2:]
-        step = Step(mask, (frames, height, width), layout="layered" if layered else "channels_first")
+        layout = "layered" if layered else masked_loss_layout(self.family.loss_axes)
+        step = Step(mask, (frames, height, width), layout=layout)
         if not schedule.masked_this_time(self.options.mask_probability, self._seed, self.step):
             step.mask = None
         else:
@@ -207,9 +213,11 @@ class MaskedTraining:
             wants_stats: keep what `logs` will report.
         """
         assert self._window is not None
+        pred, target = (on_grid(one, self.family.loss_axes, step.positions) for one in (pred, target))
         call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": wants_stats}
         if step.prior is not None:
-            call.update(prior=step.prior, prior_weight=step.prior_weight)
+            prior = on_grid(step.prior, self.family.loss_axes, step.positions)
+            call.update(prior=prior, prior_weight=step.prior_weight)
         left = None if step.routed is None else step.routed.target
         call.update(self._window.denominators(pred, step.mask, step.positions, left))
         if step.routed is not None:

@@ -39,6 +39,7 @@ from masked_loss_triton.masks.sources import (
 
 # Raised when the same inputs give other weights, so that caches of the older version are masked anew.
 WEIGHTS_VERSION = 1
+FRAMES_PER_LATENT = 4  # of the models that cut clips into sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def find_inputs(
     contents = [
         [(one.kind, _digest(one, target)) for one in group] for group, target in zip(candidates, targets, strict=True)
     ]
-    facts = (dataclasses.astuple(shape), item.size, item.window, fps, dataset.one_frame_target)
+    window = item.window if item.window is None or item.section is None else (*item.window, item.section)
+    facts = (dataclasses.astuple(shape), item.size, window, fps, dataset.one_frame_target)
     return Inputs(candidates, contents, dataset.operations, facts, item.stem)
 
 
@@ -218,13 +220,35 @@ def length_differs(mask: Path, clip: Path | None) -> str:
 
 def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Candidate, dataset: Dataset) -> Weights:
     assert item.window is not None
-    start, count = item.window
+    start, count, first = *item.window, 0
+    if item.section is not None:
+        first, count = section_span(item, shape)
     frames = planes if len(planes) == 1 else planes[start : start + count]
     try:
-        values = group_frames(frames, shape.frames, dataset.operations.mask_time)
+        values = group_frames(frames, first + shape.frames, dataset.operations.mask_time)[first:]
     except ValueError as error:
         raise UserError(f"{item.path}: {error}; run the caching script again") from error
     return _weights(dataset.operations.bake(values), [chosen])
+
+
+def section_span(item: CacheItem, shape: LatentShape) -> tuple[int, int]:
+    """Returns the first latent frame of a section within its window, and how many frames of the window reach to its end.
+
+    Latent frame 0 is the start that every section is given; section s has the latent frames 1 + sF to (s + 1)F, of 4 frames each.
+    Source: musubi-tuner 0.3.4, fpack_cache_latents.py.
+
+    Raises:
+        UserError: naming the cache, when its window is too short for it.
+    """
+    assert item.window is not None
+    assert item.section is not None
+    count = 1 + FRAMES_PER_LATENT * shape.frames * (item.section + 1)
+    if count > item.window[1]:
+        raise UserError(
+            f"{item.path}: section {item.section} of {shape.frames} latent frames ends at frame {count}, and its window has "
+            f"{item.window[1]}; run the caching script again"
+        )
+    return 1 + shape.frames * item.section, count
 
 
 def _clip_planes(

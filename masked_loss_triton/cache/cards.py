@@ -10,11 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs
+from masked_loss_triton.cache.align import (
+    FRAMES_PER_LATENT,
+    compute_clip_weights,
+    compute_weights,
+    find_inputs,
+    section_span,
+)
 from masked_loss_triton.cache.dataset import Dataset
-from masked_loss_triton.cache.families import Family
+from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared
-from masked_loss_triton.cache.items import LATENT_KEY, CacheItem, LatentShape, Source, bucket_size, latent_shape
+from masked_loss_triton.cache.items import (
+    CACHE_NAME,
+    LATENT_KEY,
+    CacheItem,
+    LatentShape,
+    Source,
+    bucket_size,
+    cells_of,
+    latent_shape,
+)
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.errors import UserError, problem_line
@@ -163,10 +178,11 @@ def card_of_cache(path: Path, config: MaskedLossConfig) -> Card:
         UserError: naming the cache, when it is damaged, holds no latents or no weights.
     """
     file = read_header(path)
-    keys = [match for name in file.tensors if (match := LATENT_KEY.fullmatch(name))]
-    if not keys:
+    if not any(LATENT_KEY.fullmatch(name) for name in file.tensors):
         raise UserError(f"{path} has no latents in it: give a latent cache")
-    frames, height, width = (int(keys[0][group]) for group in ("frames", "height", "width"))
+    match = CACHE_NAME.fullmatch(path.name)
+    name = family_of(match["suffix"]) if match else None
+    frames, height, width = cells_of(file, FAMILIES[name or "wan"])
     shape = LatentShape(frames, height, width, PREVIEW_CELL)
     raw = _cached_weights(file, shape)
     if raw is None:
@@ -177,7 +193,10 @@ def card_of_cache(path: Path, config: MaskedLossConfig) -> Card:
 
 
 def _name(item: CacheItem) -> str:
-    return item.stem if item.window is None else f"{item.stem}  frames {item.window[0]} to {sum(item.window) - 1}"
+    if item.window is None:
+        return item.stem
+    section = f", section {item.section}" if item.section is not None else ""
+    return f"{item.stem}  frames {item.window[0]} to {sum(item.window) - 1}{section}"
 
 
 def preview_item(dataset: Dataset, family: Family, source: Source) -> tuple[CacheItem, LatentShape]:
@@ -245,6 +264,9 @@ def _pictures(prepared: Prepared, item: CacheItem, shape: LatentShape) -> list[n
     fps = prepared.family.fps if dataset.source_fps is not None else None
     start, count = item.window
     stride = (count - 1) // (shape.frames - 1) if shape.frames > 1 else 1
+    if item.section is not None:
+        stride = FRAMES_PER_LATENT
+        start += stride * section_span(item, shape)[0]
     kept = kept_frames(None, dataset.source_fps, fps)
     pictures: list[np.ndarray] = []
     wanted, position = next(kept), 0
@@ -265,6 +287,8 @@ def _latent_previews(file: TensorFile | None, shape: LatentShape) -> list[np.nda
     if file is None or not names or file.tensors[names[0]]["dtype"] not in ("F16", "F32", "BF16"):
         return [np.full((shape.height, shape.width, 3), 128, np.uint8)]
     latents = np.nan_to_num(file.read(names[0]).astype(np.float32), posinf=0, neginf=0).clip(-1e6, 1e6)
+    if latents.shape[:2] == (shape.height, shape.width):  # patches of pixels, colour by colour: the mean of each
+        latents = latents.reshape(shape.height, shape.width, 3, -1).mean(-1).transpose(2, 0, 1)
     channels = latents.reshape(latents.shape[0], -1)
     channels = channels - channels.mean(axis=1, keepdims=True)
     axes, _, _ = np.linalg.svd(channels @ channels.T)
@@ -273,7 +297,7 @@ def _latent_previews(file: TensorFile | None, shape: LatentShape) -> list[np.nda
     scaled = np.clip((colours - low) / np.maximum(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
     if len(scaled) < 3:
         scaled = np.repeat(scaled[:1], 3, axis=0)
-    return list(scaled.reshape(3, *latents.shape[1:]).transpose(1, 2, 3, 0))
+    return list(scaled.reshape(3, -1, shape.height, shape.width).transpose(1, 2, 3, 0))
 
 
 def _card(

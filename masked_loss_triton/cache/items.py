@@ -18,8 +18,8 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, MASK_EXTENSIONS, UNREAD_EXTENSIONS, VIDEO_EXTENSIONS
 
 CACHE_NAME = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_(?P<suffix>[^_]+)\.safetensors", re.DOTALL)
-CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})", re.DOTALL)
-LATENT_KEY = re.compile(r"latents_(?P<frames>\d+)x(?P<height>\d+)x(?P<width>\d+)_[a-z0-9_]+")
+CLIP_NAME = re.compile(r"(?P<stem>.+)_(?P<start>\d{5,})-(?P<count>\d{3,})(?:-(?P<section>\d{4,}))?", re.DOTALL)
+LATENT_KEY = re.compile(r"latents_(?:(?P<frames>\d+)x)?(?P<height>\d+)x(?P<width>\d+)_[a-z0-9_]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CacheItem:
         size: (width, height) of the picture, or of the clip's bucket, pixels.
         window: (first frame, number of frames) of a clip at the trainer's frame rate, or None for a picture.
         source: the picture or clip, or None when the dataset has none of this stem.
+        section: number of the part of the window that is cached here, where the family cuts windows into sections.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class CacheItem:
     size: tuple[int, int]
     window: tuple[int, int] | None
     source: Source | None
+    section: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +216,31 @@ def parse_cache(path: Path, dataset: Dataset, family: Family, sources: dict[str,
     match = CACHE_NAME.fullmatch(path.name)
     if not match or match["suffix"] not in family.suffixes:
         return None
-    stem, window = match["stem"], None
+    stem, window, section = match["stem"], None, None
     if dataset.is_video:
         clip = CLIP_NAME.fullmatch(stem)
-        if not clip:
+        if not clip or (clip["section"] is not None) != family.sections:
             return None
         stem, window = clip["stem"], (int(clip["start"]), int(clip["count"]))
-    return CacheItem(path, stem, (int(match["width"]), int(match["height"])), window, sources.get(stem))
+        section = int(clip["section"]) if family.sections else None
+    return CacheItem(path, stem, (int(match["width"]), int(match["height"])), window, sources.get(stem), section)
+
+
+def cells_of(file: TensorFile, family: Family) -> tuple[int, int, int]:
+    """(F, h, w) of the latents in a cache: time steps or layers, and cells.
+
+    Raises:
+        UserError: naming the cache, when it holds no latents, or others than their name says.
+    """
+    matches = [match for name in file.tensors if (match := LATENT_KEY.fullmatch(name))]
+    if len(matches) != 1:
+        raise UserError(f"{file.path} has no latents in it: delete it and run the caching script again")
+    named = {"F": int(matches[0]["frames"] or 1), "H": int(matches[0]["height"]), "W": int(matches[0]["width"])}
+    shape = file.tensors[matches[0][0]]["shape"]
+    wanted = [named.get(axis) for axis in family.latent_axes]
+    if len(shape) != len(wanted) or any(size not in (None, got) for size, got in zip(wanted, shape, strict=True)):
+        raise UserError(f"{file.path}: the shape of its latents is not the one in their name: cache it again")
+    return named["F"], named["H"], named["W"]
 
 
 def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, family: Family) -> LatentShape:
@@ -229,12 +249,7 @@ def latent_shape(file: TensorFile, item: CacheItem, dataset: Dataset, family: Fa
     Raises:
         UserError: naming the cache, when it holds no latents or latents of another bucket than the dataset asks for.
     """
-    matches = [match for name in file.tensors if (match := LATENT_KEY.fullmatch(name))]
-    if len(matches) != 1:
-        raise UserError(f"{file.path} has no latents in it: delete it and run the caching script again")
-    frames, height, width = (int(matches[0][group]) for group in ("frames", "height", "width"))
-    if tuple(file.tensors[matches[0][0]]["shape"][1:]) != (frames, height, width):
-        raise UserError(f"{file.path}: the shape of its latents is not the one in their name: cache it again")
+    frames, height, width = cells_of(file, family)
     if 0 in item.size:
         raise UserError(f"{file.path}: a picture of {item.size[0]}x{item.size[1]} pixels, as its name says: delete it")
     bucket = bucket_size(item.size, dataset, family)

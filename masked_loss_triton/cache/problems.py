@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place
+from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place, section_span
 from masked_loss_triton.cache.check_pictures import check_source
 from masked_loss_triton.cache.checked import Checked, CheckedDataset, Findings
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
@@ -154,6 +154,9 @@ def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> Cac
 
 def _check_fits(prepared: Prepared, item: CacheItem, file: TensorFile, shape: LatentShape) -> None:
     """Refuses what the cache command would refuse of a cache apart from its mask."""
+    if item.section is not None:
+        section_span(item, shape)
+        return
     if item.window is not None:
         try:
             frames_per_latent(item.window[1], shape.frames)

@@ -1,4 +1,4 @@
-"""`masked-loss cache`: mask weights into the latent caches of HunyuanVideo, WAN and Qwen-Image. No VAE runs."""
+"""`masked-loss cache`: mask weights into the latent caches of musubi-tuner. No VAE runs."""
 
 from __future__ import annotations
 

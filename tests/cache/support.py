@@ -55,7 +55,10 @@ class Lab:
         width, height = bucket_size(size, self.dataset(), FAMILIES[self.arch])
         h, w = height // cell, width // cell
         name = str(dtype).removeprefix("torch.")
-        tensors = {f"latents_{frames}x{h}x{w}_{name}": torch.randn(16, frames, h, w).to(dtype), **(extra or {})}
+        named = f"{h}x{w}" if self.arch == "flux2" else f"{frames}x{h}x{w}"
+        sizes = {"C": 3 * cell * cell if self.arch == "hidream" else 16, "F": frames, "H": h, "W": w}
+        shape = [sizes[axis] for axis in FAMILIES[self.arch].latent_axes]
+        tensors = {f"latents_{named}_{name}": torch.randn(shape).to(dtype), **(extra or {})}
         metadata = {"architecture": self.arch, "width": str(size[0]), "height": str(size[1]), "format_version": "1.0.1"}
         path = self.cache / f"{stem}_{size[0]:04d}x{size[1]:04d}_{self.suffix}.safetensors"
         save_file(tensors, path, metadata=metadata)

@@ -12,7 +12,9 @@ import argparse
 import fcntl
 import hashlib
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -25,7 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.lab import tiny
+from tests.lab import models, tiny
 
 ROOT = Path(__file__).parents[2]
 RESOLUTION = {"image": (256, 256), "video": (128, 128)}
@@ -43,8 +45,12 @@ class Family:
         caching: the same of the script that caches latents.
         suffix: ends the names of caches.
         network: module of the trainer's own LoRA.
-        vae: dtype of the VAE's weights.
+        vae: the VAE's weights, FAMILY_vae_DTYPE; "" where pixels are cached.
         flags: for the training script.
+        kinds: of datasets.
+        keys: lines of the dataset file; {fixture} is its folder.
+        caching_flags: for the caching script; {fixture} as above.
+        arch: the name in our table, where it is another one than here.
     """
 
     script: str
@@ -54,17 +60,65 @@ class Family:
     vae: str
     flags: tuple[str, ...]
     kinds: tuple[str, ...] = ("image", "video")
+    keys: tuple[str, ...] = ()
+    caching_flags: tuple[str, ...] = ()
+    arch: str = ""
 
 
 SHIFT = ("--timestep_sampling", "shift", "--discrete_flow_shift")
 FAMILIES = {
     "wan": Family(
-        "wan_train_network", "wan_cache_latents", "wan", "networks.lora_wan", "fp32", ("--task", "t2v-1.3B", *SHIFT, "3.0")
+        "wan_train_network", "wan_cache_latents", "wan", "networks.lora_wan", "wan_vae_fp32",
+        ("--task", "t2v-1.3B", *SHIFT, "3.0"),
     ),
-    "hv": Family("hv_train_network", "cache_latents", "hv", "networks.lora", "fp32", (*SHIFT, "7.0")),
+    "hv": Family("hv_train_network", "cache_latents", "hv", "networks.lora", "hv_vae_fp32", (*SHIFT, "7.0")),
     "qwen": Family(
-        "qwen_image_train_network", "qwen_image_cache_latents", "qi", "networks.lora_qwen_image", "bf16",
+        "qwen_image_train_network", "qwen_image_cache_latents", "qi", "networks.lora_qwen_image", "qwen_vae_bf16",
         ("--weighting_scheme", "none", *SHIFT, "2.2"), kinds=("image",),
+    ),
+}  # fmt: skip
+CORE = tuple(FAMILIES)  # made with the fixture; the others when they are first asked for
+PICTURES = {"kinds": ("image",)}
+FAMILIES |= {
+    "krea2": Family(
+        "krea2_train_network", "krea2_cache_latents", "kr2", "networks.lora_krea2", "qwen_vae_bf16", (*SHIFT, "2.2"), **PICTURES
+    ),
+    "hv15": Family(
+        "hv_1_5_train_network", "hv_1_5_cache_latents", "hv15", "networks.lora_hv_1_5", "hv15_vae_fp32", (*SHIFT, "7.0")
+    ),
+    "framepack": Family(
+        "fpack_train_network", "fpack_cache_latents", "fp", "networks.lora_framepack", "hv_vae_fp32",
+        ("--split_attn", *SHIFT, "3.0"), kinds=("video",), keys=("target_frames = [9]", "fp_latent_window_size = 1"),
+        caching_flags=("--image_encoder", "{fixture}/weights/framepack_siglip_fp32.safetensors"),
+    ),
+    "kontext": Family(
+        "flux_kontext_train_network", "flux_kontext_cache_latents", "fk", "networks.lora_flux", "kontext_vae_fp32",
+        ("--timestep_sampling", "flux_shift"), keys=('control_directory = "{fixture}/images"',), **PICTURES,
+    ),
+    "flux2": Family(
+        "flux_2_train_network", "flux_2_cache_latents", "f2k4b", "networks.lora_flux_2", "flux2_vae_fp32",
+        ("--timestep_sampling", "flux2_shift", "--model_version", "klein-base-4b"),
+        caching_flags=("--model_version", "klein-base-4b"), **PICTURES,
+    ),
+    "flux2_dev": Family(
+        "flux_2_train_network", "flux_2_cache_latents", "f2d", "networks.lora_flux_2", "flux2_dev_vae_fp32",
+        ("--timestep_sampling", "flux2_shift"), arch="flux2", **PICTURES,
+    ),
+    "zimage": Family(
+        "zimage_train_network", "zimage_cache_latents", "zi", "networks.lora_zimage", "zimage_vae_fp32", (*SHIFT, "2.0"),
+        **PICTURES,
+    ),
+    "ideogram4": Family(
+        "ideogram4_train_network", "ideogram4_cache_latents", "i4", "networks.lora_ideogram4", "ideogram4_vae_fp32", (),
+        **PICTURES,
+    ),
+    "kandinsky5": Family(
+        "kandinsky5_train_network", "kandinsky5_cache_latents", "k5", "networks.lora_kandinsky", "hv_vae_fp32",
+        ("--task", "k5-lite-t2v-5s-sd", "--override_dit", json.dumps(models.KANDINSKY5), *SHIFT, "5.0"),
+    ),
+    "hidream": Family(
+        "hidream_o1_train_network", "hidream_o1_cache_pixel", "ho1", "networks.lora_hidream_o1", "",
+        ("--timestep_sampling", "uniform"), **PICTURES,
     ),
 }  # fmt: skip
 
@@ -90,6 +144,22 @@ def ensure_fixture() -> Path:
     return folder
 
 
+def ensure_family(fixture: Path, family: str) -> None:
+    """Makes the weights and the caches of a family that the fixture has not."""
+    content = hashlib.sha256(Path(models.__file__).read_bytes()).hexdigest()[:12]
+    marker = fixture / f"complete-{family}-{content}"
+    if family in CORE:
+        return
+    with open(fixture / "families.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not marker.exists():
+            command = [sys.executable, "-m", "tests.lab.fixture", str(fixture), family]
+            made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise RuntimeError(f"{family} was not made:\n{(made.stdout + made.stderr)[-3000:]}")
+            marker.touch()
+
+
 def trainer_path() -> None:
     """Makes the checkout importable, with tiny models."""
     sys.path.insert(0, str(Path(os.environ["MUSUBI_REPO"]) / "src"))
@@ -108,6 +178,7 @@ def write_toml(
     batch_size: int = 1,
     masks: Sequence[str] = (),
     images: Path | None = None,
+    keys: Sequence[str] = (),
 ) -> Path:
     """Writes the trainer's dataset file.
 
@@ -118,14 +189,16 @@ def write_toml(
         kinds: "image" or "video", each a dataset.
         masks: a folder of the fixture for each kind, as key `mask_directory` of ours; none without.
         images: the folder of pictures, `fixture / "images"` when None.
+        keys: more lines for every dataset.
     """
     lines = ["[general]", 'caption_extension = ".txt"', "enable_bucket = true", f"batch_size = {batch_size}"]
     for index, kind in enumerate(kinds):
         folder = images if images and kind == "image" else fixture / f"{kind}s"
         lines += ["[[datasets]]", f"resolution = {list(RESOLUTION[kind])}", f'{kind}_directory = "{folder}"']
-        lines += [f'cache_directory = "{caches / kind}"']
+        lines += [f'cache_directory = "{caches / kind}"', *(key.format(fixture=fixture) for key in keys)]
         if kind == "video":
-            lines += ["target_frames = [1, 9]", 'frame_extraction = "head"']
+            lines += ['frame_extraction = "head"']
+            lines += [] if any(key.startswith("target_frames") for key in keys) else ["target_frames = [1, 9]"]
         if index < len(masks):
             lines += [f'mask_directory = "{fixture / masks[index]}"']
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,15 +295,21 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
+def save_weights(
+    model: torch.nn.Module, fixture: Path, family: str, name: str, *dtypes: str, metadata: dict[str, str] | None = None
+) -> None:
+    for dtype in dtypes:
+        kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        tensors = {key: value.detach().to(kind).contiguous() for key, value in model.state_dict().items()}
+        save_file(tensors, weights(fixture, family, name, dtype), metadata)
+
+
 def write_weights(fixture: Path) -> None:
     """Random weights of the tiny models, in the files and dtypes that the trainers read."""
     (fixture / "weights").mkdir(parents=True, exist_ok=True)
 
     def save(model: torch.nn.Module, family: str, name: str, *dtypes: str) -> None:
-        for dtype in dtypes:
-            kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-            tensors = {key: value.detach().to(kind).contiguous() for key, value in model.state_dict().items()}
-            save_file(tensors, weights(fixture, family, name, dtype))
+        save_weights(model, fixture, family, name, *dtypes)
 
     torch.manual_seed(0)
     from musubi_tuner.hunyuan_model.autoencoder_kl_causal_3d import AutoencoderKLCausal3D
@@ -271,8 +350,9 @@ def cache_latents(fixture: Path, family: str, toml: Path) -> None:
     names = FAMILIES[family]
     module = importlib.import_module(f"musubi_tuner.{names.caching}")
     torch.manual_seed(0)  # HunyuanVideo's script draws its latents from the VAE's posterior
-    vae = weights(fixture, family, "vae", names.vae)
-    sys.argv = [f"{names.caching}.py", "--dataset_config", str(toml), "--device", "cpu", "--vae", str(vae)]
+    sys.argv = [f"{names.caching}.py", "--dataset_config", str(toml), "--device", "cpu"]
+    sys.argv += ["--vae", str(fixture / "weights" / f"{names.vae}.safetensors")] if names.vae else []
+    sys.argv += [flag.format(fixture=fixture) for flag in names.caching_flags]
     module.main()
 
 
@@ -298,9 +378,11 @@ def cache_text(family: str, toml: Path) -> None:
                 text = torch.randn(256, 4096, generator=random).half()
                 saving.save_text_encoder_output_cache(item, text, mask, True)
                 saving.save_text_encoder_output_cache(item, torch.randn(768, generator=random).half(), None, False)
-            else:
+            elif family == "qwen":
                 text = torch.randn(length, 3584, generator=random).bfloat16()
                 saving.save_text_encoder_output_cache_qwen_image(item, text)
+            else:
+                models.save_text(family, importlib.import_module("musubi_tuner.dataset.cache_io"), item, random, length)
 
 
 def main(folder: str, family: str = "") -> None:
@@ -308,15 +390,23 @@ def main(folder: str, family: str = "") -> None:
     fixture = Path(folder).absolute()
     trainer_path()
     if family:
-        caches = fixture / "cache" / family
-        toml = write_toml(fixture / f"{family}.toml", fixture, caches, FAMILIES[family].kinds)
+        caches, names = fixture / "cache" / family, FAMILIES[family]
+        toml = write_toml(fixture / f"{family}.toml", fixture, caches, names.kinds, keys=names.keys)
+        if family not in CORE:
+            shutil.rmtree(caches, ignore_errors=True)
+            torch.manual_seed(7)
+            models.WEIGHTS[family](
+                lambda model, name, *dtypes, **named: save_weights(
+                    randomise(model, 8), fixture, family, name, *dtypes, **named
+                )
+            )
         cache_latents(fixture, family, toml)
         cache_text(family, toml)
         return
     write_pictures(fixture)
     write_clips(fixture)
     write_weights(fixture)
-    for name in FAMILIES:
+    for name in CORE:
         subprocess.run([sys.executable, "-m", "tests.lab.fixture", str(fixture), name], cwd=ROOT, check=True)
 
 

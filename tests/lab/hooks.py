@@ -6,6 +6,7 @@ what reaches the loss to the JSON lines file in LAB_OBSERVE.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -72,20 +73,26 @@ def fixed_noise() -> None:
 
 
 def observe() -> None:
-    """Compares the weights at the loss with the trainer's own resize of the mask file, and looks at the gradient outside."""
+    """Compares the weights at the loss with the trainer's own resize of the mask file, and looks at the gradient outside.
+
+    The gradient is that without the prior, whose term is noted.
+    """
     import numpy as np
     import torch
     from musubi_tuner.dataset.media_utils import resize_image_to_bucket
     from PIL import Image
 
+    from masked_loss_triton.integration.musubi.layouts import on_grid
     from masked_loss_triton.integration.musubi.training import MaskedTraining
 
     name_items()
     begin, loss = MaskedTraining.begin, MaskedTraining.loss
     masks = os.environ["LAB_MASKS"]
 
-    def expected(path: str, bucket: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+    def expected(path: str, bucket: list[int], shape: tuple[int, ...]) -> torch.Tensor | None:
         stem = os.path.splitext(os.path.basename(path))[0]
+        if not os.path.exists(os.path.join(masks, f"{stem}.png")):
+            return None
         mask = resize_image_to_bucket(Image.open(os.path.join(masks, f"{stem}.png")).convert("L"), tuple(bucket))
         pixels = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None] / 255
         return torch.nn.functional.interpolate(pixels, size=shape[-2:], mode="area")[0, :, None].expand(shape)
@@ -93,13 +100,20 @@ def observe() -> None:
     def begin_and_keep(self, args, accelerator, transformer, batch, timesteps):
         step = begin(self, args, accelerator, transformer, batch, timesteps)
         files = [expected(path, batch["bucket"], step.mask.shape[1:]) for path in batch["item_paths"]]
-        self.seen = {"weight_error": float((step.mask.float().cpu() - torch.stack(files)).abs().max())}
+        self.seen = {}
+        if None not in files:
+            self.seen["weight_error"] = float((step.mask.float().cpu() - torch.stack(files)).abs().max())
         return step
 
-    def loss_and_look(self, pred, target, step, *rest):
-        value = loss(self, pred, target, step, *rest)
-        gradient = torch.autograd.grad(value, pred, retain_graph=True)[0]
-        outside = (step.mask == 0).expand_as(gradient)
+    def loss_and_look(self, pred, target, step, weighting, wants_stats):
+        value = loss(self, pred, target, step, weighting, True)
+        terms = self._stats.to_dict()
+        self.seen["prior"] = terms["prior_term"] / terms["target_term"]
+        alone = loss(self, pred, target, dataclasses.replace(step, prior=None), weighting, False)
+        axes = self.family.loss_axes
+        gradient = on_grid(torch.autograd.grad(alone, pred, retain_graph=True)[0], axes, step.positions)
+        mask = step.mask.transpose(1, 2) if axes == "FCHW" else step.mask.squeeze(2) if axes == "CHW" else step.mask
+        outside = (mask == 0).expand_as(gradient)
         if step.routed is not None:
             dropped = ~step.routed.kept.positions.unsqueeze(2 if step.layout == "layered" else 1).expand_as(gradient)
             self.seen["dropped"] = float(gradient[dropped].abs().max())

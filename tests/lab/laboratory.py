@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.lab.fixture import ROOT, write_toml
+from tests.lab.fixture import CORE, FAMILIES, ROOT, ensure_family, write_toml
 
 
 class Run:
@@ -68,6 +68,8 @@ class Laboratory:
         if key in self.caches:
             return self.caches[key]
         root = self.folder / "-".join((family, masks, *stems))
+        names = FAMILIES[family]
+        ensure_family(self.fixture, family)
         shutil.copytree(self.fixture / "cache" / family, root)
         images = self.fixture / "images"
         if stems:
@@ -82,8 +84,11 @@ class Laboratory:
                     path.unlink()
         if masks:
             folders = [masks] if masks == "masks_white" else [masks, "video_masks"]
-            toml = write_toml(root / "masks.toml", self.fixture, root, self.kinds(root), masks=folders, images=images)
-            command = [sys.executable, "-m", "masked_loss_triton", "cache", "--dataset_config", toml, "--arch", family]
+            folders = folders[-1:] if names.kinds == ("video",) else folders
+            toml = root / "masks.toml"
+            write_toml(toml, self.fixture, root, self.kinds(root), masks=folders, images=images, keys=names.keys)
+            arch = names.arch or family
+            command = [sys.executable, "-m", "masked_loss_triton", "cache", "--dataset_config", toml, "--arch", arch]
             subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
         self.caches[key] = root
         return root
@@ -117,9 +122,8 @@ class Laboratory:
         for old in (lora, lora.with_suffix(".json")):
             old.unlink(missing_ok=True)
         images = root / "pictures" if (root / "pictures").exists() else None
-        toml = write_toml(
-            root / f"train_{batch_size}.toml", self.fixture, root, self.kinds(root), batch_size, images=images
-        )
+        toml, keys = root / f"train_{batch_size}.toml", FAMILIES[family].keys
+        write_toml(toml, self.fixture, root, self.kinds(root), batch_size, images=images, keys=keys)
         python = [sys.executable, "-m"]
         if processes > 1:
             python += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517", "-m"]
@@ -134,4 +138,4 @@ class Laboratory:
 
 def network_module(family: str) -> str:
     """Our network module, for --network_module, that stands for the trainer's LoRA of the family."""
-    return f"masked_loss_triton.integration.musubi.lora_{family}"
+    return f"masked_loss_triton.integration.musubi.lora{f'_{family}' if family in CORE else ''}"

@@ -1,4 +1,4 @@
-"""Shrinks the WAN, HunyuanVideo and Qwen-Image models of musubi-tuner and lets them run where there is no GPU.
+"""Shrinks the models of musubi-tuner and lets them run where there is no GPU.
 
 Call `install()` before the trainer is imported: a module is changed when it is first imported. Datasets, caches, batches, the loss,
 backward and the optimizer stay the trainer's.
@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 WAN = {"dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 2}
@@ -135,6 +136,111 @@ def _qwen_vae(module: Any) -> None:
     _after_init(module.AutoencoderKLQwenImage, before=lambda named: named.update(base_dim=QWEN_VAE_DIM))
 
 
+def _siglip(module: Any) -> None:
+    module.IMAGE_ENCODER_CONFIG.update(
+        hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1, image_size=56
+    )
+    module.FEATURE_EXTRACTOR_CONFIG["size"] = {"height": 56, "width": 56}
+
+
+def _hidream(module: Any) -> None:
+    """Without the tokenizer and the configuration that the trainer would fetch."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+
+    from tests.lab.models import HIDREAM
+
+    module.load_processor = lambda *given, **named: None
+    Qwen3VLConfig.from_pretrained = classmethod(lambda cls, *given, **named: cls(**HIDREAM))
+
+
+def _hidream_model(module: Any) -> None:
+    """What later versions of transformers no longer list, or call by another name."""
+    import inspect
+
+    import torch
+
+    create, takes = module.create_causal_mask, inspect.signature(module.create_causal_mask).parameters
+    if "input_embeds" not in takes:
+
+        def create_causal_mask(*given: Any, input_embeds: Any, past_key_values: Any, **named: Any) -> Any:
+            named |= {"inputs_embeds": input_embeds, "cache": past_key_values, "past_key_values": past_key_values}
+            return create(*given, **{key: named[key] for key in named if key in takes})
+
+        module.create_causal_mask = create_causal_mask
+
+    def frequencies(config: Any, device: Any = None, **named: Any) -> tuple[Any, float]:
+        theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+        return theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim), 1.0
+
+    module.ROPE_INIT_FUNCTIONS.setdefault("default", frequencies)
+
+
+# Numbers that stand in the middle of the trainer's functions: its source is read with smaller ones.
+EDITS: dict[str, dict[str, str]] = {
+    "musubi_tuner.krea2.krea2_utils": {
+        "features=6144": "features=64",
+        "txtdim=2560": "txtdim=64",
+        " heads=48": " heads=2",
+        " kvheads=12": " kvheads=1",
+        "layers=28": "layers=2",
+        "txtheads=20": "txtheads=2",
+        "txtkvheads=20": "txtkvheads=2",
+        "txtlayers=12": "txtlayers=3",
+    },
+    "musubi_tuner.hunyuan_video_1_5.hunyuan_video_1_5_models": {
+        "self.hidden_size = 2048": "self.hidden_size = 64",
+        "self.heads_num = 16": "self.heads_num = 2",
+        "self.rope_dim_list = [16, 56, 56]": "self.rope_dim_list = [8, 12, 12]",
+        "mm_double_blocks_depth = 54": "mm_double_blocks_depth = 2",
+        "text_states_dim = 3584": "text_states_dim = 64",
+        "in_dim=1472, out_dim=2048, hidden_dim=2048": "in_dim=64, out_dim=64, hidden_dim=64",
+    },
+    "musubi_tuner.hunyuan_video_1_5.hunyuan_video_1_5_vae": {"(128, 256, 512, 1024, 1024)": "(32, 32, 64, 64, 64)"},
+    "musubi_tuner.frame_pack.hunyuan_video_packed": {
+        "attention_head_dim=128": "attention_head_dim=32",
+        "image_proj_dim=1152,\n            in_channels": "image_proj_dim=64,\n            in_channels",
+        "num_attention_heads=24": "num_attention_heads=2",
+        "num_layers=20": "num_layers=1",
+        "num_refiner_layers=2,\n            num_single_layers=40": "num_refiner_layers=1,\n            num_single_layers=1",
+        "rope_axes_dim=(16, 56, 56)": "rope_axes_dim=(8, 12, 12)",
+        "text_embed_dim=4096": "text_embed_dim=64",
+    },
+    "musubi_tuner.flux.flux_models": {
+        "context_in_dim=4096": "context_in_dim=64",
+        "hidden_size=3072": "hidden_size=64",
+        "num_heads=24": "num_heads=2",
+        "depth=19": "depth=1",
+        "depth_single_blocks=38": "depth_single_blocks=1",
+        "axes_dim=[16, 56, 56]": "axes_dim=[8, 12, 12]",
+        "ch=128": "ch=32",
+    },
+    "musubi_tuner.flux_2.flux2_models": {"    ch: int = 128": "    ch: int = 32"},
+    "musubi_tuner.flux_2.flux2_utils": {
+        f"params={name}()": f"params={name}(context_in_dim=64, hidden_size=64, num_heads=2, depth=1, "
+        "depth_single_blocks=1, axes_dim=[8, 8, 8, 8])"
+        for name in ("Klein4BParams", "Klein9BParams", "Flux2Params")
+    },
+    "musubi_tuner.zimage.zimage_config": {
+        "ROPE_AXES_DIMS = [32, 48, 48]": "ROPE_AXES_DIMS = [8, 12, 12]",
+        "DEFAULT_TRANSFORMER_DIM = 3840": "DEFAULT_TRANSFORMER_DIM = 64",
+        "N_LAYERS = 30": "N_LAYERS = 2",
+        "N_REFINER_LAYERS = 2": "N_REFINER_LAYERS = 1",
+        "N_HEADS = 30": "N_HEADS = 2",
+        "N_KV_HEADS = 30": "N_KV_HEADS = 2",
+        "CAP_FEAT_DIM = 2560": "CAP_FEAT_DIM = 64",
+    },
+    "musubi_tuner.zimage.zimage_autoencoder": {"(128, 256, 512, 512)": "(32, 32, 32, 32)"},
+    "musubi_tuner.ideogram4.ideogram4_model": {
+        "emb_dim: int = 4608": "emb_dim: int = 64",
+        "num_layers: int = 34": "num_layers: int = 2",
+        "num_heads: int = 18": "num_heads: int = 2",
+        "intermediate_size: int = 12288": "intermediate_size: int = 128",
+        "adanln_dim: int = 512": "adanln_dim: int = 32",
+        "4096 * len(QWEN3_VL_ACTIVATION_LAYERS)": "64",
+        "(24, 20, 20)": "(6, 5, 5)",
+    },
+}
+
 PATCHES: dict[str, Callable[[Any], None]] = {
     "torch": _torch,
     "musubi_tuner.wan.configs": _wan_configs,
@@ -145,19 +251,34 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "musubi_tuner.hunyuan_model.autoencoder_kl_causal_3d": _hv_vae,
     "musubi_tuner.qwen_image.qwen_image_model": _qwen_model,
     "musubi_tuner.qwen_image.qwen_image_autoencoder_kl": _qwen_vae,
+    "musubi_tuner.frame_pack.framepack_utils": _siglip,
+    "musubi_tuner.hidream_o1.hidream_o1_utils": _hidream,
+    "musubi_tuner.hidream_o1.qwen3_vl_transformers": _hidream_model,
 }
+
+
+def _execute(module: Any) -> None:
+    """Runs a module of the trainer from its source with `EDITS`; a number that is not there is an error."""
+    path = Path(module.__spec__.origin)
+    source = path.read_text(encoding="utf-8")
+    for old, new in EDITS[module.__name__].items():
+        if old not in source:
+            raise AssertionError(f"{path} has no {old!r}: the trainer is of another version")
+        source = source.replace(old, new)
+    exec(compile(source, str(path), "exec"), module.__dict__)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in PATCHES else None
+        wanted = name in PATCHES or name in EDITS
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if wanted else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_patch(module):
-            execute(module)
-            PATCHES[name](module)
+            (_execute if name in EDITS else execute)(module)
+            PATCHES.get(name, lambda module: None)(module)
 
         spec.loader.exec_module = execute_and_patch
         return spec

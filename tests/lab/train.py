@@ -44,7 +44,9 @@ def trainer_flags(args: argparse.Namespace) -> list[str]:
     if toml is None:
         caches = args.fixture / "cache" / args.family
         toml = args.out.parent / f"{args.family}.toml"
-        lab.write_toml(toml, args.fixture, caches, family.kinds, args.batch_size)
+        if not caches.exists():
+            lab.ensure_family(args.fixture, args.family)
+        lab.write_toml(toml, args.fixture, caches, family.kinds, args.batch_size, keys=family.keys)
     flags = ["--dataset_config", toml, "--dit", lab.weights(args.fixture, args.family, "dit", args.precision)]
     flags += ["--max_train_steps", args.steps, "--output_dir", args.out.parent, "--output_name", args.out.stem]
     flags += ["--mixed_precision", "bf16" if args.precision == "bf16" else "no", "--max_data_loader_n_workers", 0]
@@ -91,7 +93,7 @@ def main() -> None:
     if args.masks:
         from masked_loss_triton.cli import main as masked_loss
 
-        if status := masked_loss(["train", args.family, *flags]):
+        if status := masked_loss(["train", lab.FAMILIES[args.family].arch or args.family, *flags]):
             sys.exit(status)
     else:
         sys.argv = [f"{lab.FAMILIES[args.family].script}.py", *flags]

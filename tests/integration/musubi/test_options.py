@@ -278,8 +278,10 @@ def test_the_trainers_own_masked_loss_is_switched_off(tmp_path):
 def test_the_command_line(capsys, tmp_path):
     assert main(["train", "qwen_image_train", "--use_mask_loss"]) == 2
     assert "trains the whole model in a loop of its own" in capsys.readouterr().err
-    assert main(["train", "flux"]) == 2
-    assert "'flux' is no model family: give one of hv, wan, qwen" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "name the model family, one of hv, hv15, wan" in capsys.readouterr().err
+    assert main(["train", "sdxl"]) == 2
+    assert "'sdxl' is no model family: give one of hv, hv15, wan" in capsys.readouterr().err
     assert main(["train", "--musubi", str(tmp_path), "wan"]) == 2
     assert f"--musubi {tmp_path}: no musubi_tuner in it" in capsys.readouterr().err
     assert main(["train", "wan", "--musubi", str(tmp_path)]) == 2
