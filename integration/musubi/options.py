@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from masked_loss_triton.cache.labels import parse_weights
 from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS, MaskedLossConfig
 from masked_loss_triton.errors import UserError
 
@@ -32,6 +33,11 @@ class MaskOptions:
 
     use_mask_loss: bool = _option(
         False, "weight the loss by the masks in the latent caches (masked-loss cache adds them)"
+    )
+    mask_weights: str | None = _option(
+        None,
+        "weights of the labels in the caches, as face=1.5 body=0.7 logo=0 (masked-loss cache --mask_labels); 1 where not named",
+        kind=str,
     )
     mask_gamma: float = _option(1.0, "power of the mask, > 0; below 1 lifts grey values")
     mask_min_weight: float = _option(0.0, "weight of what the mask leaves out, in [0, 1); applied after gamma")
@@ -65,6 +71,10 @@ class MaskOptions:
     )
     prior_warmup_ratio: float = _option(
         0.0, "share of the training over which the prior's weight rises from 0, in [0, 1]"
+    )
+    prior_probability: float = _option(
+        1.0,
+        "share of the batches with a prior, in (0, 1]; its weight there is divided by this, and the others need no teacher",
     )
     mask_normalize_across: str = _option(
         "rank",
@@ -101,7 +111,10 @@ class MaskOptions:
         self._bounded("prior_warmup_ratio", 0, 1)
         if not 0 <= self.prior_ema_decay < 1:
             raise _refused("prior_ema_decay", "must be in [0, 1)", self.prior_ema_decay)
+        if not 0 < self.prior_probability <= 1:
+            raise _refused("prior_probability", "must be in (0, 1]", self.prior_probability)
         self._check_routing()
+        _ = self.label_weights  # raises
         self.config()  # raises for the loss's own fields
         if self.mask_normalize_across == "accumulation" and self.mask_area_scale_beta and not self.normalize_per_sample:
             raise UserError(
@@ -159,6 +172,14 @@ class MaskOptions:
         if found is None:
             raise _refused("mask_routing_blocks", "must be FIRST-LAST, as 2-37", self.mask_routing_blocks)
         return int(found[1]), int(found[2])
+
+    @property
+    def label_weights(self) -> dict[str, float]:
+        """The weight of each label that was named."""
+        try:
+            return parse_weights(self.mask_weights or "")
+        except ValueError as error:
+            raise UserError(f"--mask_weights {error}", 2) from error
 
     def _check_kind(self, field: dataclasses.Field[Any]) -> None:
         value, kind, choices = getattr(self, field.name), field.metadata["kind"], field.metadata["choices"]
@@ -258,14 +279,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(name, action="store_true", help=text)
         else:
             shown = text if field.default is None else f"{text} (default: {field.default})"
-            group.add_argument(name, type=kind, default=field.default, choices=choices, help=shown)
+            several: dict[str, Any] = {"nargs": "+", "metavar": "LABEL=WEIGHT"} if field.name == "mask_weights" else {}
+            group.add_argument(name, type=kind, default=field.default, choices=choices, help=shown, **several)
     return parser
 
 
 def from_namespace(args: argparse.Namespace) -> MaskOptions:
     """The options among a trainer's parsed arguments; what its parser did not know has the default."""
     names = [field.name for field in dataclasses.fields(MaskOptions)]
-    return MaskOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if isinstance(weights := given.get("mask_weights"), list):
+        given["mask_weights"] = " ".join(map(str, weights))
+    return MaskOptions(**given)
 
 
 def take_from(arguments: dict[str, Any]) -> MaskOptions:

@@ -8,11 +8,17 @@ import random
 import torch
 
 
-def masked_this_time(probability: float, seed: int, step: int) -> bool:
-    """Whether the batch of this step is masked: the same on every process, and no other random number is touched."""
+def this_time(what: str, probability: float, seed: int, step: int) -> bool:
+    """Whether something applies to the batch of this step: the same on every process, and no other random number is touched.
+
+    Args:
+        what: "masked_loss" or "prior"; each is drawn apart.
+        probability: in [0, 1].
+        seed, step: of the run.
+    """
     if probability in (0.0, 1.0):
         return probability == 1.0
-    return random.Random(f"masked_loss {seed} {step}").random() < probability
+    return random.Random(f"{what} {seed} {step}").random() < probability
 
 
 def warmup(step: int, max_steps: int, ratio: float) -> float:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from masked_loss_triton.cache.families import FAMILIES, family_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import caches
 from masked_loss_triton.integration.musubi.options import MaskOptions, from_namespace
@@ -118,11 +117,13 @@ class _Masked:
             return
         check_family(options, self.architecture)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
-        _say(*banner(options), report.summary(), *notes, *_misspelled(args), *report.warnings(options))
+        masked = MaskedTraining(options, report.family, report, _say)
+        factors = ", ".join(f"{label} {factor:.3g}" for label, factor in masked.factors.items())
+        labels = [f"labels weigh, in units of the largest weight: {factors}"] if factors else []
+        _say(*banner(options), *report.summary(), *labels, *notes, *_misspelled(args), *report.warnings(options))
         # Later versions of blissful-tuner have a masked loss under the same flag: one of the two is enough.
         args.use_mask_loss = False
-        family = family_of(self.architecture)  # type: ignore[attr-defined]
-        self.masked = MaskedTraining(options, *([FAMILIES[family]] if family else []))
+        self.masked = masked
 
     def resume_from_local_or_hf_if_specified(self, accelerator: Any, args: Any) -> Any:
         masked = self.masked
@@ -176,7 +177,7 @@ class _LossMethod(_Masked):
         if self.masked is None or not torch.is_grad_enabled():
             return parent(*given, **named)
         step, output = self._with_teacher(parent, given, named)
-        output.extra["masked_loss"] = step, bool(given[1].trackers)
+        output.extra["masked_loss"] = step
         return output
 
     def compute_loss(
@@ -193,11 +194,11 @@ class _LossMethod(_Masked):
             return super().compute_loss(  # type: ignore[misc]
                 args, output, timesteps, noise_scheduler, dit_dtype, *rest, **named
             )
-        step, wants_stats = output.extra["masked_loss"]
+        step = output.extra["masked_loss"]
         weighting = None
         if self.masked.family.weighting_scheme:
             weighting = self._weighting(args, timesteps, noise_scheduler, dit_dtype)
-        return self.masked.loss(output.pred, output.target, step, weighting, wants_stats), {}
+        return self.masked.loss(output.pred, output.target, step, weighting), {}
 
     def extra_metadata(self, args: Any) -> dict[str, Any]:
         found = super().extra_metadata(args)  # type: ignore[misc]
@@ -226,10 +227,10 @@ class _LossInline(_Masked):
         if self.masked is None or not torch.is_grad_enabled():
             return parent(*given, **named)
         step, (pred, target) = self._with_teacher(parent, given, named)
-        args, accelerator, timesteps = given[0], given[1], given[7]
+        args, timesteps = given[0], given[7]
         assert self._noise_scheduler is not None
         weighting = self._weighting(args, timesteps, *self._noise_scheduler)
-        loss = self.masked.loss(pred, target, step, weighting, bool(accelerator.trackers))
+        loss = self.masked.loss(pred, target, step, weighting)
         if weighting is not None:
             # The trainer multiplies what it gets by the weighting and takes the mean of that.
             loss = loss / weighting.float().mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from masked_loss_triton.cache.families import FAMILIES, Family
 from masked_loss_triton.call import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
+from masked_loss_triton.integration.musubi.caches import CacheReport
+from masked_loss_triton.integration.musubi.label_masks import Shares, shares_of, weighted
 from masked_loss_triton.integration.musubi.layouts import grid_of, masked_loss_layout, on_grid
 from masked_loss_triton.integration.musubi.options import MaskOptions
+from masked_loss_triton.integration.musubi.proof import Proof
 from masked_loss_triton.integration.musubi.routing import Routing, models
 from masked_loss_triton.integration.musubi.routing.cross_attention import CrossAttentionGate
 from masked_loss_triton.integration.musubi.teacher import Teacher, adapters_of
 from masked_loss_triton.integration.musubi.window import Window
 from masked_loss_triton.routing import RoutedWeights
-from masked_loss_triton.stats import MaskedLossStats
 
 STATE_FILE = "masked_loss.safetensors"
 MASK_PREFIX = "mask_weights"
@@ -33,23 +36,37 @@ class Step:
 
     Attributes:
         mask: (B, 1, F, H, W) as cached, or None where this batch is not masked.
+        timesteps: (B,), 0 clean to 1000 noise.
         prior_gate: (B,) bool, or None when every sample may have a prior.
         prior_weight: a number, or (B,) float32.
         positions: (F, H, W) of the loss; F counts layers.
-        needs_teacher: whether any sample has a prior region.
+        labels: the share of each label, like the mask; none where it has none.
+        needs_teacher: whether any sample has a prior region, and this step is one of those with a prior.
+        keeps_region: the prior does not apply to this step, and its region is no part of the target nevertheless.
         prior: the teacher's prediction, of the shape of pred.
         layout: of pred, see `masked_loss`.
         routed: which tokens the student computes, and the weights that are left; None where it computes all.
     """
 
     mask: torch.Tensor | None
+    timesteps: torch.Tensor
     positions: tuple[int, int, int]
+    labels: Shares = dataclasses.field(default_factory=dict)
     prior_gate: torch.Tensor | None = None
     prior_weight: torch.Tensor | float = 0.0
     needs_teacher: bool = False
+    keeps_region: bool = False
     prior: torch.Tensor | None = None
     layout: str = "channels_first"
     routed: RoutedWeights | None = None
+
+    @property
+    def prior_factor(self) -> float:
+        """What the prior's term of the batch is multiplied by: schedules, gates and probability in it. Waits for the device."""
+        if self.prior is None:
+            return 0.0
+        factor = torch.as_tensor(self.prior_weight, dtype=torch.float32, device=self.timesteps.device)
+        return float((factor if self.prior_gate is None else factor * self.prior_gate).mean())
 
 
 def mask_of(
@@ -89,9 +106,17 @@ def mask_of(
 class MaskedTraining:
     """State and arithmetic of one run. The trainer's adapter calls `begin`, then `loss`, once per micro-batch."""
 
-    def __init__(self, options: MaskOptions, family: Family = FAMILIES["wan"]) -> None:
+    def __init__(
+        self,
+        options: MaskOptions,
+        family: Family = FAMILIES["wan"],
+        report: CacheReport | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.options, self.family = options, family
         self.config = options.config()
+        self.proof = Proof(self.config, report, say)
+        self.factors = report.label_factors(options) if report is not None else {}
         self.step = 0  # micro-batches
         self.optimizer_step = 0
         self._resumed_at = 0
@@ -99,12 +124,11 @@ class MaskedTraining:
         self.taught = 0
         self.teacher: Teacher | None = None
         self.routing: Routing | None = None
-        self._routed: RoutedWeights | None = None
+        self._last: Step | None = None
         self._gate: CrossAttentionGate | None = None
         self._seed: int | None = None
         self._saved_average: dict[str, torch.Tensor] = {}
         self._stepped = False
-        self._stats: MaskedLossStats | None = None
         self._window: Window | None = None
 
     def begin(
@@ -125,11 +149,13 @@ class MaskedTraining:
         layered = bool(getattr(args, "is_layered", False))
         dropped = layered and bool(getattr(args, "remove_first_image_from_target", False))
         mask = mask_of(batch, batch["latents"], dropped, self.family.latent_axes)
+        shares = shares_of(batch, mask, dropped)
+        mask = weighted(mask, shares, self.factors)
         assert self._seed is not None
         frames, height, width = mask.shape[2:]
         layout = "layered" if layered else masked_loss_layout(self.family.loss_axes)
-        step = Step(mask, (frames, height, width), layout=layout)
-        if not schedule.masked_this_time(self.options.mask_probability, self._seed, self.step):
+        step = Step(mask, timesteps, (frames, height, width), labels=shares, layout=layout)
+        if not schedule.this_time("masked_loss", self.options.mask_probability, self._seed, self.step):
             step.mask = None
         else:
             self.masked += 1
@@ -138,6 +164,7 @@ class MaskedTraining:
             self._plan_routing(step, args, accelerator)
         if self._gate is not None:
             self._gate.plan(step.mask, self.config, step.positions, step.routed)
+        self.proof.show(batch["latents"], step, self.optimizer_step)
         self.step += 1
         self.taught += step.needs_teacher
         self._stepped = accelerator.sync_gradients
@@ -160,6 +187,7 @@ class MaskedTraining:
             self.routing = Routing(self.options, model, self._seed)
         if self.options.mask_cross_attention:
             self._gate = CrossAttentionGate(models.layout_of(model))
+        self.proof.start(args, accelerator)
         trained = [value for adapter in adapters_of(model).values() for value in adapter.parameters()]
         self._window = Window(self.options.mask_normalize_across, accelerator, self.config, trained)
 
@@ -173,7 +201,7 @@ class MaskedTraining:
     def _plan_prior(self, step: Step, args: Any, timesteps: torch.Tensor) -> None:
         options = self.options
         scale = schedule.warmup(self.optimizer_step, args.max_train_steps, options.prior_warmup_ratio)
-        weight: torch.Tensor | float = options.inverted_mask_prior_weight * scale
+        weight: torch.Tensor | float = options.inverted_mask_prior_weight * scale / options.prior_probability
         if weight == 0:
             return
         shares = schedule.decay(timesteps, options.prior_decay_schedule, options.prior_decay_timestep_start)
@@ -181,6 +209,11 @@ class MaskedTraining:
         if options.prior_timestep_threshold > 0:
             step.prior_gate = timesteps > options.prior_timestep_threshold
         assert step.mask is not None
+        assert self._seed is not None
+        if not schedule.this_time("prior", options.prior_probability, self._seed, self.step):
+            # The target leaves the region alone at every step, or at some its gradient would be another one.
+            step.keeps_region = options.prior_mask_threshold is not None
+            return
         shape = (step.mask.shape[0], *step.positions)
         _, region = mask_weights(step.mask, self.config, shape=shape, prior_gate=step.prior_gate)
         wanted = (region.flatten(1).amax(1) > 0) & (torch.as_tensor(weight, device=region.device) > 0)
@@ -194,7 +227,7 @@ class MaskedTraining:
                 self.config,
                 (step.mask.shape[0], *step.positions),
                 step.prior_gate,
-                has_prior=step.needs_teacher,
+                has_prior=step.needs_teacher or step.keeps_region,
                 step=self.step,
                 rank=accelerator.process_index,
                 # A resumed run trains that many steps more.
@@ -202,7 +235,7 @@ class MaskedTraining:
             )
 
     def loss(
-        self, pred: torch.Tensor, target: torch.Tensor, step: Step, weighting: torch.Tensor | None, wants_stats: bool
+        self, pred: torch.Tensor, target: torch.Tensor, step: Step, weighting: torch.Tensor | None
     ) -> torch.Tensor:
         """The loss of a micro-batch, 0-d float32.
 
@@ -210,43 +243,35 @@ class MaskedTraining:
             pred, target: as the trainer's `call_dit` returns them.
             step: from `begin`, with `prior` filled in where it needs the teacher.
             weighting: the trainer's factor per sample, or None.
-            wants_stats: keep what `logs` will report.
         """
         assert self._window is not None
         pred, target = (on_grid(one, self.family.loss_axes, step.positions) for one in (pred, target))
-        call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": wants_stats}
+        call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": True}
         if step.prior is not None:
             prior = on_grid(step.prior, self.family.loss_axes, step.positions)
             call.update(prior=prior, prior_weight=step.prior_weight)
+        elif step.keeps_region:
+            call.update(prior=pred.detach(), prior_weight=0.0)
         left = None if step.routed is None else step.routed.target
         call.update(self._window.denominators(pred, step.mask, step.positions, left))
         if step.routed is not None:
-            result = step.routed.loss(pred, target, **call)
+            loss, stats = step.routed.loss(pred, target, **call)
         else:
-            gate = None if step.prior is None else step.prior_gate
-            result = masked_loss(pred, target, step.mask, self.config, prior_gate=gate, **call)
-        if not wants_stats:
-            return result
-        (loss, self._stats), self._routed = result, step.routed
+            gate = step.prior_gate if "prior" in call else None
+            loss, stats = masked_loss(pred, target, step.mask, self.config, prior_gate=gate, **call)
+        self.proof.note(step, stats, pred, target)
+        self._last = step
         return loss
 
     def logs(self) -> dict[str, float]:
-        """The last loss's parts and the rates so far, for the trainer's trackers. Waits for the device once."""
-        if self._stats is None:
+        """The numbers of the last micro-batch and the rates so far, for the trainer's trackers. Waits for the device."""
+        if self._last is None:
             return {}
-        values = self._stats.to_dict()
-        found = {
-            "mask/target_loss": values["target_term"],
-            "mask/prior_loss": values["prior_term"],
-            "mask/prior_share": values["prior_share"],
-            "mask/coverage": values["raw_mean"],
-            "mask/target_weight": values["target_weight_mean"],
-            "mask/prior_weight": values["prior_weight_mean"],
-            "mask/applied_rate": self.masked / self.step,
-        }
+        found = {**self.proof.logs(), "mask/masked_rate": self.masked / self.step}
         if self.options.prior_on:
+            found["mask/prior_factor"] = self._last.prior_factor
             found["mask/teacher_rate"] = self.taught / self.step
-        return {**found, **self.routing.logs(self._routed)} if self.routing is not None else found
+        return {**found, **self.routing.logs(self._last.routed)} if self.routing is not None else found
 
     def save(self, folder: str) -> None:
         """Writes counters and the teacher's average beside the trainer's state."""
@@ -258,6 +283,7 @@ class MaskedTraining:
             "optimizer_step": self.optimizer_step,
             "masked": self.masked,
             "taught": self.taught,
+            "watch": self.proof.state(),
         }
         average = self.teacher.average if self.teacher is not None else {}
         tensors = {name: value.contiguous() for name, value in average.items()}
@@ -283,6 +309,7 @@ class MaskedTraining:
             self.step, self.optimizer_step = int(counters["step"]), int(counters["optimizer_step"])
             self._resumed_at = self.optimizer_step
             self.masked, self.taught, self._seed = int(counters["masked"]), int(counters["taught"]), counters["seed"]
+            self.proof.load(counters.get("watch"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): resume from another state, or delete it to start anew"

@@ -10,24 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from masked_loss_triton.cache.clip_masks import grouped, kept_masks, length_differs
 from masked_loss_triton.cache.dataset import Dataset
 from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.items import CacheItem, LatentShape
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import (
-    MASK_EXTENSIONS,
-    clip_frame_count,
-    clip_size,
     frame_files,
     has_alpha_frames,
-    kept_frames,
-    mask_frame_count,
     mask_frame_files,
-    read_frames,
-    refuse_animation,
 )
-from masked_loss_triton.masks.geometry import group_frames, resize_to_bucket, to_latent
+from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
 from masked_loss_triton.masks.operations import MaskOperations
 from masked_loss_triton.masks.reading import check_is_file, has_alpha, open_image, unreadable
 from masked_loss_triton.masks.sources import (
@@ -39,7 +33,6 @@ from masked_loss_triton.masks.sources import (
 
 # Raised when the same inputs give other weights, so that caches of the older version are masked anew.
 WEIGHTS_VERSION = 1
-FRAMES_PER_LATENT = 4  # of the models that cut clips into sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +41,15 @@ class Inputs:
 
     Attributes:
         candidates: for each target picture, the places where its mask may be.
-        contents: for each target picture, kind and SHA-256 of each candidate.
+        labels: for each target picture, the mask of each label, None where it has none.
+        contents: for each target picture, kind and SHA-256 of each candidate and label.
         operations: what is done to the mask.
         facts: shape of the latents, size of the picture, window of frames, frame rates, target frame.
         stem: name of the picture or clip.
     """
 
     candidates: tuple[tuple[Candidate, ...], ...]
+    labels: tuple[tuple[Candidate | None, ...], ...]
     contents: list[list[tuple[str, str]]]
     operations: MaskOperations
     facts: tuple[Any, ...]
@@ -76,12 +71,13 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """(1, F, h, w) float32, contiguous; `source` is where each target's came from, `file` the mask's file name, `note` what
-    the user should know although it is no error."""
+    the user should know although it is no error, `labels` the share of each label, in the shape of the values."""
 
     values: np.ndarray
     source: str
     file: str
     note: str = ""
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def find_inputs(
@@ -98,9 +94,16 @@ def find_inputs(
     contents = [
         [(one.kind, _digest(one, target)) for one in group] for group, target in zip(candidates, targets, strict=True)
     ]
+    labels = tuple(label_candidates(item, target, dataset, masks) for target in targets)
+    if dataset.mask_labels:
+        for found, named, target in zip(contents, labels, targets, strict=True):
+            found += [
+                (name, _digest(one, target) if one else "")
+                for name, one in zip(dataset.mask_labels, named, strict=True)
+            ]
     window = item.window if item.window is None or item.section is None else (*item.window, item.section)
     facts = (dataclasses.astuple(shape), item.size, window, fps, dataset.one_frame_target)
-    return Inputs(candidates, contents, dataset.operations, facts, item.stem)
+    return Inputs(candidates, labels, contents, dataset.operations, facts, item.stem)
 
 
 def _candidates(
@@ -120,6 +123,15 @@ def _candidates(
     if dataset.default_mask is not None:
         found.append(Candidate("default", dataset.default_mask))
     return tuple(found)
+
+
+def label_candidates(
+    item: CacheItem, target: Path | None, dataset: Dataset, masks: MaskDirectory | None
+) -> tuple[Candidate | None, ...]:
+    """The mask file of each label of a dataset, NAME.LABEL.png and the like, None where there is none."""
+    stem, video = item.stem if target is None else target.stem, item.window is not None
+    paths = [masks.find(f"{stem}.{label}", video) if masks is not None else None for label in dataset.mask_labels]
+    return tuple(Candidate("file", path) if path is not None else None for path in paths)
 
 
 def _may_have_alpha(item: CacheItem, target: Path) -> bool:
@@ -156,6 +168,10 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
     Raises:
         UserError: naming the file that is broken, does not fit, or is missing although it is required.
     """
+    if dataset.mask_labels:
+        from masked_loss_triton.cache.labelled import labelled_weights
+
+        return labelled_weights(item, file, shape, inputs, dataset)
     planes, used = [], []
     for index, candidates in enumerate(inputs.candidates):
         mask, chosen = read_still(list(candidates))
@@ -166,16 +182,25 @@ def compute_weights(item: CacheItem, file: TensorFile, shape: LatentShape, input
             continue
         assert chosen is not None
         target = item.source.targets[index] if item.source is not None else None
-        if chosen.kind == "alpha" and index == 0 and mask.shape != item.size[::-1]:
-            raise UserError(
-                f"{chosen.path} is {mask.shape[1]}x{mask.shape[0]} but was {item.size[0]}x{item.size[1]} when {item.path} "
-                "was cached: run the caching script again"
-            )
-        size = (mask.shape[1], mask.shape[0]) if index else item.size
-        mask = align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
+        mask = aligned_still(mask, chosen, item, index, target)
         planes.append(dataset.operations.bake(to_cells(mask, item, shape, dataset)))
     values = place(np.stack(planes), item, file, shape, dataset)
     return _weights(values, used)
+
+
+def aligned_still(mask: np.ndarray, chosen: Candidate, item: CacheItem, index: int, target: Path | None) -> np.ndarray:
+    """Brings the mask of an item's target number `index` to the stored pixels of its picture.
+
+    Raises:
+        UserError: when it does not fit.
+    """
+    if chosen.kind == "alpha" and index == 0 and mask.shape != item.size[::-1]:
+        raise UserError(
+            f"{chosen.path} is {mask.shape[1]}x{mask.shape[0]} but was {item.size[0]}x{item.size[1]} when {item.path} "
+            "was cached: run the caching script again"
+        )
+    size = (mask.shape[1], mask.shape[0]) if index else item.size
+    return align_to_picture(mask, size, chosen.path, target, shared=chosen.kind == "default")
 
 
 def compute_clip_weights(
@@ -186,6 +211,10 @@ def compute_clip_weights(
     Raises:
         UserError: as `compute_weights`, and when the mask has fewer frames than the clip.
     """
+    if dataset.mask_labels:
+        from masked_loss_triton.cache.labelled import labelled_clip_weights
+
+        return labelled_clip_weights(items, shapes, inputs, dataset, family)
     first, shape, candidates = items[0], shapes[0], inputs.candidates[0]
     needed = max(item.window[0] + item.window[1] for item in items if item.window)
     clip = first.source.targets[0] if first.source is not None else None
@@ -207,48 +236,8 @@ def compute_clip_weights(
     return [_weights(values, [None]) for values in ones]
 
 
-def length_differs(mask: Path, clip: Path | None) -> str:
-    """Returns what to tell of a mask and a clip of different numbers of frames; nothing where they are equal or a video is
-    damaged."""
-    if clip is None or not clip.exists():
-        return ""
-    frames, wanted = mask_frame_count(mask), clip_frame_count(clip)
-    if not frames or not wanted or frames == wanted:
-        return ""
-    return f"{mask} has {frames} frames, but {clip} has {wanted}: frame 0 of one is taken for frame 0 of the other"
-
-
 def _window(planes: np.ndarray, item: CacheItem, shape: LatentShape, chosen: Candidate, dataset: Dataset) -> Weights:
-    assert item.window is not None
-    start, count, first = *item.window, 0
-    if item.section is not None:
-        first, count = section_span(item, shape)
-    frames = planes if len(planes) == 1 else planes[start : start + count]
-    try:
-        values = group_frames(frames, first + shape.frames, dataset.operations.mask_time)[first:]
-    except ValueError as error:
-        raise UserError(f"{item.path}: {error}; run the caching script again") from error
-    return _weights(dataset.operations.bake(values), [chosen])
-
-
-def section_span(item: CacheItem, shape: LatentShape) -> tuple[int, int]:
-    """Returns the first latent frame of a section within its window, and how many frames of the window reach to its end.
-
-    Latent frame 0 is the start that every section is given; section s has the latent frames 1 + sF to (s + 1)F, of 4 frames each.
-    Source: musubi-tuner 0.3.4, fpack_cache_latents.py.
-
-    Raises:
-        UserError: naming the cache, when its window is too short for it.
-    """
-    assert item.window is not None
-    assert item.section is not None
-    count = 1 + FRAMES_PER_LATENT * shape.frames * (item.section + 1)
-    if count > item.window[1]:
-        raise UserError(
-            f"{item.path}: section {item.section} of {shape.frames} latent frames ends at frame {count}, and its window has "
-            f"{item.window[1]}; run the caching script again"
-        )
-    return 1 + shape.frames * item.section, count
+    return _weights(dataset.operations.bake(grouped(planes, item, shape, dataset)), [chosen])
 
 
 def _clip_planes(
@@ -262,34 +251,12 @@ def _clip_planes(
 ) -> np.ndarray | None:
     """Returns (T, h, w) float32 for the first `needed` frames that the trainer keeps, T = 1 for a still; None for an alpha
     channel that hides nothing."""
-    size = clip_size(clip) if clip is not None and clip.exists() else None
-
-    def plane(mask: np.ndarray) -> np.ndarray:
-        fitted = align_to_picture(
-            mask, size or (mask.shape[1], mask.shape[0]), chosen.path, clip, shared=chosen.kind == "default"
-        )
-        return to_cells(fitted, item, shape, dataset)
-
-    if chosen.kind != "alpha" and chosen.path.suffix.lower() in MASK_EXTENSIONS and not chosen.path.is_dir():
-        refuse_animation(chosen.path)
-        mask, _ = read_still([chosen])
-        assert mask is not None
-        return plane(mask)[None]
-    fps = family.fps if dataset.source_fps is not None else None
-    keep = iter(kept_frames(None, dataset.source_fps, fps))
-    wanted = next(keep)
     planes, lowest = [], 255
-    for index, mask in enumerate(read_frames(chosen.path, chosen.kind == "alpha", clip)):
-        if index == wanted:
-            lowest = min(lowest, int(mask.min()))
-            planes.append(plane(mask))
-            wanted = next(keep)
+    for mask in kept_masks(chosen, clip, dataset, family):
+        lowest = min(lowest, int(mask.min()))
+        planes.append(to_cells(mask, item, shape, dataset))
         if len(planes) == needed:
             break
-    if not planes:
-        if chosen.kind == "alpha":
-            return None
-        raise UserError(f"{chosen.path} has no frames in it: add them, or remove it")
     if chosen.kind == "alpha" and lowest == 255:
         return None
     return np.stack(planes)
@@ -301,8 +268,11 @@ def to_cells(mask: np.ndarray, item: CacheItem, shape: LatentShape, dataset: Dat
     return to_latent(resize_to_bucket(edited, shape.bucket), (shape.height, shape.width))
 
 
-def place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentShape, dataset: Dataset) -> np.ndarray:
-    """Brings (targets, h, w) to the (F, h, w) of a picture's cache: its layers, or the target among its frames.
+def place(
+    planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentShape, dataset: Dataset, control: float = 1.0
+) -> np.ndarray:
+    """Brings (targets, h, w) to the (F, h, w) of a picture's cache: its layers, or the target among its frames, the others of
+    which get `control`.
 
     Raises:
         UserError: naming the cache, when the dataset has another number of pictures or another target for it.
@@ -316,7 +286,7 @@ def place(planes: np.ndarray, item: CacheItem, file: TensorFile, shape: LatentSh
                 f"{item.path} is a one-frame cache for the frames {indices}, and fp_1f_target_index is "
                 f"{dataset.one_frame_target}: use the dataset file it was cached with"
             )
-        values = np.ones((shape.frames, *planes.shape[1:]), np.float32)
+        values = np.full((shape.frames, *planes.shape[1:]), control, np.float32)
         values[sorted(indices).index(dataset.one_frame_target)] = planes[0]
         return values
     raise UserError(

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from masked_loss_triton.cache.align import (
-    FRAMES_PER_LATENT,
     compute_clip_weights,
     compute_weights,
     find_inputs,
-    section_span,
 )
 from masked_loss_triton.cache.dataset import Dataset
 from masked_loss_triton.cache.families import FAMILIES, Family, family_of
@@ -30,19 +28,20 @@ from masked_loss_triton.cache.items import (
     cells_of,
     latent_shape,
 )
+from masked_loss_triton.cache.labels import label_of, labels_in
+from masked_loss_triton.cache.pictures import drawable, name_of, pictures_of, shrink
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.contact_sheet import Card, draw, save_sheet
-from masked_loss_triton.masks.frames import clip_frame_count, clip_size, kept_frames, read_clip
+from masked_loss_triton.masks.frames import clip_frame_count, clip_size
 from masked_loss_triton.masks.geometry import resize_to_bucket
-from masked_loss_triton.masks.reading import open_image, read_picture
+from masked_loss_triton.masks.reading import open_image
 from masked_loss_triton.masks.sources import align_to_picture, read_still
 
 # Only for the preview of pictures that have no cache yet; with a cache the side of a cell comes from its latents.
 PREVIEW_CELL, PREVIEW_STRIDE, PREVIEW_FRAMES = 8, 4, 81
 SHEET = 48  # cards on one sheet: a PNG of about 1,900 x 8,300 pixels
-SIDE = 448  # longest side of what is kept of a picture, pixels: twice a panel
 
 Maker = Callable[[MaskedLossConfig], Card]
 
@@ -146,15 +145,15 @@ def card_of_item(prepared: Prepared, item: CacheItem, config: MaskedLossConfig) 
 def _card_from_files(
     prepared: Prepared, item: CacheItem, shape: LatentShape, file: TensorFile | None, config: MaskedLossConfig
 ) -> Card:
-    raw, origin = _raw_weights(prepared, item, shape, file)
+    raw, origin, labels = _raw_weights(prepared, item, shape, file)
     mask = _mask_pixels(prepared, item, shape)
-    pictures = _pictures(prepared, item, shape)
+    pictures = pictures_of(prepared, item, shape)
     label = "picture" if pictures else "latents"
     pictures = pictures or _latent_previews(file, shape)
     size = f"{item.size[0]}x{item.size[1]}, bucket {shape.bucket[0]}x{shape.bucket[1]}"
     cells = f"latents {shape.frames}x{shape.height}x{shape.width}"
     mask = raw[len(raw) // 2] if mask is None else mask
-    return _card(_name(item), [f"{size}, {cells}", origin], label, pictures, mask, raw, config)
+    return _card(name_of(item), [f"{size}, {cells}", origin], label, pictures, mask, raw, config, labels)
 
 
 def _mask_pixels(prepared: Prepared, item: CacheItem, shape: LatentShape) -> np.ndarray | None:
@@ -189,14 +188,8 @@ def card_of_cache(path: Path, config: MaskedLossConfig) -> Card:
         raise UserError(f"{path} has no mask weights: run masked-loss cache")
     size = f"{file.metadata.get('width', '?')}x{file.metadata.get('height', '?')}"
     facts = [f"{size}, latents {frames}x{height}x{width}", _origin(file)]
-    return _card(path.name, facts, "latents", _latent_previews(file, shape), raw[len(raw) // 2], raw, config)
-
-
-def _name(item: CacheItem) -> str:
-    if item.window is None:
-        return item.stem
-    section = f", section {item.section}" if item.section is not None else ""
-    return f"{item.stem}  frames {item.window[0]} to {sum(item.window) - 1}{section}"
+    previews = _latent_previews(file, shape)
+    return _card(path.name, facts, "latents", previews, raw[len(raw) // 2], raw, config, _cached_labels(file, shape))
 
 
 def preview_item(dataset: Dataset, family: Family, source: Source) -> tuple[CacheItem, LatentShape]:
@@ -221,10 +214,10 @@ def preview_item(dataset: Dataset, family: Family, source: Source) -> tuple[Cach
 
 def _raw_weights(
     prepared: Prepared, item: CacheItem, shape: LatentShape, file: TensorFile | None
-) -> tuple[np.ndarray, str]:
+) -> tuple[np.ndarray, str, dict[str, np.ndarray]]:
     cached = _cached_weights(file, shape) if file is not None else None
     if cached is not None and file is not None:
-        return cached, _origin(file)
+        return cached, _origin(file), _cached_labels(file, shape)
     dataset, family = prepared.dataset, prepared.family
     inputs = find_inputs(item, shape, dataset, family, prepared.masks)
     if item.window is not None:
@@ -234,17 +227,26 @@ def _raw_weights(
         result = compute_weights(item, header, shape, inputs, dataset)
     note = "not cached yet" if file is None else "not in the cache yet"
     source = "no mask, full weight" if result.source == "full" else f"mask from {result.source} {result.file}"
-    return result.values[0], f"{source}; {note}"
+    return result.values[0], f"{source}; {note}", {label: part[0] for label, part in result.labels.items()}
 
 
 def _cached_weights(file: TensorFile, shape: LatentShape) -> np.ndarray | None:
     names = [name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)]
     if not names:
         return None
-    entry = file.tensors[names[0]]
+    return _plane(file, names[0], shape)
+
+
+def _cached_labels(file: TensorFile, shape: LatentShape) -> dict[str, np.ndarray]:
+    names = {label_of(name): name for name in file.tensors}
+    return {label: _plane(file, names[label], shape) for label in labels_in(file.metadata) if label in names}
+
+
+def _plane(file: TensorFile, name: str, shape: LatentShape) -> np.ndarray:
+    entry = file.tensors[name]
     if entry["dtype"] not in ("F16", "F32") or math.prod(entry["shape"]) != shape.frames * shape.height * shape.width:
-        raise UserError(f"{file.path}: {names[0]} is no mask of this program: run masked-loss cache --force")
-    return file.read(names[0]).astype(np.float32).reshape(shape.frames, shape.height, shape.width)
+        raise UserError(f"{file.path}: {name} is no mask of this program: run masked-loss cache --force")
+    return file.read(name).astype(np.float32).reshape(shape.frames, shape.height, shape.width)
 
 
 def _origin(file: TensorFile) -> str:
@@ -252,33 +254,6 @@ def _origin(file: TensorFile) -> str:
     if source == "full":
         return "weights in the cache: full, there was no mask"
     return f"weights in the cache, from {source} {name}".rstrip()
-
-
-def _pictures(prepared: Prepared, item: CacheItem, shape: LatentShape) -> list[np.ndarray]:
-    if item.source is None or not item.source.targets[0].exists():
-        return []
-    if item.window is None:
-        targets = item.source.targets
-        return [resize_to_bucket(read_picture(target, exif=False).rgb, shape.bucket) for target in targets]
-    dataset = prepared.dataset
-    fps = prepared.family.fps if dataset.source_fps is not None else None
-    start, count = item.window
-    stride = (count - 1) // (shape.frames - 1) if shape.frames > 1 else 1
-    if item.section is not None:
-        stride = FRAMES_PER_LATENT
-        start += stride * section_span(item, shape)[0]
-    kept = kept_frames(None, dataset.source_fps, fps)
-    pictures: list[np.ndarray] = []
-    wanted, position = next(kept), 0
-    for index, frame in enumerate(read_clip(item.source.targets[0])):
-        if index < wanted:
-            continue
-        if position >= start and (position - start) % stride == 0:
-            pictures.append(resize_to_bucket(frame, shape.bucket))
-        if len(pictures) == shape.frames:
-            break
-        wanted, position = next(kept), position + 1
-    return pictures
 
 
 def _latent_previews(file: TensorFile | None, shape: LatentShape) -> list[np.ndarray]:
@@ -308,6 +283,7 @@ def _card(
     mask: np.ndarray,
     raw: np.ndarray,
     config: MaskedLossConfig,
+    labels: dict[str, np.ndarray],
 ) -> Card:
     import torch
 
@@ -319,23 +295,12 @@ def _card(
         f"coverage {raw.mean():.1%}, mean weight {weights.mean():.3f} ({weights.min():.2f} to {weights.max():.2f})"
     )
     return Card(
-        name=_drawable(name),
-        facts=[_drawable(fact) for fact in [*facts, coverage]],
+        name=drawable(name),
+        facts=[drawable(fact) for fact in [*facts, coverage]],
         picture_label=label,
-        pictures=[_shrink(picture) for picture in pictures],
-        mask=_shrink(mask),
+        pictures=[shrink(picture) for picture in pictures],
+        mask=shrink(mask),
         raw=raw,
         weights=weights,
+        labels=labels,
     )
-
-
-def _shrink(pixels: np.ndarray) -> np.ndarray:
-    """A picture or mask with sides of at most `SIDE` pixels."""
-    import cv2
-
-    scale = SIDE / max(pixels.shape[:2])
-    return pixels if scale >= 1 else cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-
-
-def _drawable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

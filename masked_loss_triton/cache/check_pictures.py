@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from masked_loss_triton.cache.align import length_differs
+from masked_loss_triton.cache.clip_masks import length_differs
 from masked_loss_triton.cache.inject import Prepared
 from masked_loss_triton.cache.items import Source
 from masked_loss_triton.cache.kinds import Problem, problem
@@ -45,6 +45,7 @@ def _files(prepared: Prepared, source: Source, target: Path) -> Iterator[Path]:
     mask = _mask_file(prepared, source, target)
     if mask is not None:
         yield mask
+    yield from _label_files(prepared, target)
     yield target
 
 
@@ -53,6 +54,14 @@ def _mask_file(prepared: Prepared, source: Source, target: Path) -> Path | None:
         return source.mask
     video = prepared.dataset.is_video
     return prepared.masks.find(target.stem, video) or prepared.masks.find(source.stem, video)
+
+
+def _label_files(prepared: Prepared, target: Path) -> list[Path]:
+    if prepared.masks is None:
+        return []
+    video = prepared.dataset.is_video
+    found = (prepared.masks.find(f"{target.stem}.{label}", video) for label in prepared.dataset.mask_labels)
+    return [path for path in found if path is not None]
 
 
 def _check_target(prepared: Prepared, source: Source, target: Path) -> list[Problem]:
@@ -72,22 +81,29 @@ def _check_target(prepared: Prepared, source: Source, target: Path) -> list[Prob
             found.append(problem(prepared, "rotated", target, note))
         mask = read_alpha(target, exif=False) if alpha else None
         mask = None if mask is None or opaque(mask) else to_uint8(mask)
-    path = target
+    labels = _label_files(prepared, target)
+    for label in labels:
+        found += _check_mask(prepared, source, target, label, size)
     if mask is None:
         file = _mask_file(prepared, source, target) or dataset.default_mask
         if file is None:
-            if dataset.has_mask_source:
+            if dataset.has_mask_source and not labels:
                 found.append(problem(prepared, "missing", target, "no alpha channel, mask file or default mask"))
             return found
-        path = file
-        if dataset.is_video and (file.is_dir() or file.suffix.lower() in VIDEO_EXTENSIONS):
-            return found + _check_frames(prepared, source, target, file, size)
-        if dataset.is_video:
-            refuse_animation(file)
-        mask = to_uint8(read_mask_file(file, exif=False))
-        found += _check_size(prepared, target, file, (mask.shape[1], mask.shape[0]), size)
-    if path != dataset.default_mask:
-        found += _check_values(prepared, path, int(mask.min()), int(mask.max()))
+        return found + _check_mask(prepared, source, target, file, size)
+    return found + _check_values(prepared, target, int(mask.min()), int(mask.max()))
+
+
+def _check_mask(prepared: Prepared, source: Source, target: Path, file: Path, size: tuple[int, int]) -> list[Problem]:
+    """Decodes a mask file of a picture or clip of this size."""
+    if prepared.dataset.is_video and (file.is_dir() or file.suffix.lower() in VIDEO_EXTENSIONS):
+        return _check_frames(prepared, source, target, file, size)
+    if prepared.dataset.is_video:
+        refuse_animation(file)
+    mask = to_uint8(read_mask_file(file, exif=False))
+    found = _check_size(prepared, target, file, (mask.shape[1], mask.shape[0]), size)
+    if file != prepared.dataset.default_mask:
+        found += _check_values(prepared, file, int(mask.min()), int(mask.max()))
     return found
 
 

@@ -19,10 +19,12 @@ FORMAT = "masked_loss_triton check 1"
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The problems of datasets, sorted by kind and file, each once; and how many caches were masked with which options."""
+    """The problems of datasets, sorted by kind and file, each once; how many caches were masked with which options, and have
+    which labels in them."""
 
     problems: list[Problem]
     options: collections.Counter[str]
+    labels: collections.Counter[str]
 
 
 @dataclasses.dataclass
@@ -35,6 +37,7 @@ class CheckedDataset:
         asked: whether somebody said how masks are to be made.
         masked, unmasked: caches with weights, and those without.
         operations: with which operations, as JSON, how many caches were masked.
+        labels: in how many caches each label covers something.
         problems: of single pictures, clips and caches, and of names.
     """
 
@@ -44,11 +47,17 @@ class CheckedDataset:
     masked: int = 0
     unmasked: int = 0
     operations: dict[str, int] = dataclasses.field(default_factory=dict)
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def count_operations(self, text: str, count: int = 1) -> None:
         """Counts caches that were masked with these operations."""
         self.operations[text] = self.operations.get(text, 0) + count
+
+    def count_labels(self, labels: Iterable[str], count: int = 1) -> None:
+        """Counts caches that have these labels in them."""
+        for label in labels:
+            self.labels[label] = self.labels.get(label, 0) + count
 
     def add(self, other: CheckedDataset) -> None:
         """Takes in what another shard of the dataset found."""
@@ -56,6 +65,8 @@ class CheckedDataset:
         self.unmasked += other.unmasked
         for text, count in other.operations.items():
             self.count_operations(text, count)
+        for label, count in other.labels.items():
+            self.count_labels([label], count)
         self.problems += other.problems
 
     def made_with(self) -> collections.Counter[MaskOperations]:
@@ -109,7 +120,10 @@ class Checked:
         for dataset in self.datasets:
             for operations, count in dataset.made_with().items():
                 options[str(operations)] += count
-        return Findings(list(unique.values()), options)
+        labels: collections.Counter[str] = collections.Counter()
+        for dataset in self.datasets:
+            labels.update(dataset.labels)
+        return Findings(list(unique.values()), options, labels)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `read_checked` reads, for `json.dumps`."""

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from masked_loss_triton.cache.labels import parse_labels
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.operations import MaskOperations
 
 # Our keys: allowed in [general], in each [[datasets]] and, with two dashes, on the command line.
-SOURCE_KEYS = ("alpha_mask", "mask_directory", "default_mask", "require_mask")
+SOURCE_KEYS = ("alpha_mask", "mask_directory", "mask_labels", "default_mask", "require_mask")
 OPERATION_KEYS = tuple(field.name for field in dataclasses.fields(MaskOperations))
 KINDS: dict[str, tuple[type, ...]] = {
     "true or false": (bool,),
@@ -22,6 +23,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "a whole number": (int,),
     "a number": (int, float),
 }
+UNBAKED: dict[str, Any] = {"mask_bake_invert": False, "mask_bake_gamma": 1.0, "mask_bake_min_weight": 0.0}
 MASK_KEYS = (*SOURCE_KEYS, *OPERATION_KEYS)
 # Keys about masks that forks of the trainer know and this program does not read: no slips of the pen.
 FOREIGN_KEYS = ("watermark_mask_suffix", "loss_mask_directory", "default_loss_mask_path", "loss_mask_path")
@@ -50,6 +52,7 @@ class Dataset:
     one_frame_target: int | None
     alpha_mask: bool
     mask_directory: Path | None
+    mask_labels: tuple[str, ...]
     default_mask: Path | None
     require_mask: bool
     operations: MaskOperations
@@ -251,6 +254,16 @@ class _Reader:
             raise self.error(f"default_mask {default} is not a file")
         return masks, default
 
+    def labels(self, masks: Path | None) -> tuple[str, ...]:
+        value = next((table["mask_labels"] for table in self.tables if table.get("mask_labels") is not None), ())
+        try:
+            labels = parse_labels(value)
+        except ValueError as error:
+            raise self.error(f"mask_labels: {error}") from error
+        if labels and masks is None:
+            raise self.error("mask_labels are looked for in mask_directory, as NAME.LABEL.png: give it")
+        return labels
+
     def operations(self) -> MaskOperations:
         values = {key: next((table[key] for table in self.tables if key in table), None) for key in OPERATION_KEYS}
         try:
@@ -274,6 +287,9 @@ def _dataset(index: int, path: str | os.PathLike[str], tables: tuple[Mapping[str
         raise read.error("no cache_directory, which a JSON lines file needs")
     bucket = read.get("enable_bucket", "true or false", False)
     mask_directory, default_mask = read.mask_paths(directory)
+    labels, operations = read.labels(mask_directory), read.operations()
+    if labels and operations != dataclasses.replace(operations, **UNBAKED):
+        raise read.error("mask_labels are weighted at training time, after which mask_bake_* come: leave those out")
     return Dataset(
         index=index,
         is_video=video,
@@ -290,7 +306,8 @@ def _dataset(index: int, path: str | os.PathLike[str], tables: tuple[Mapping[str
         one_frame_target=read.get("fp_1f_target_index", "a whole number"),
         alpha_mask=read.get("alpha_mask", "true or false", False),
         mask_directory=mask_directory,
+        mask_labels=labels,
         default_mask=default_mask,
         require_mask=read.get("require_mask", "true or false", False),
-        operations=read.operations(),
+        operations=operations,
     )

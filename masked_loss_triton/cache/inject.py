@@ -30,6 +30,7 @@ from masked_loss_triton.cache.items import (
     latent_shape,
     unread_files,
 )
+from masked_loss_triton.cache.labels import LABELS_METADATA, label_of, labels_in, labels_key
 from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.parallel import default_workers, run_parallel
@@ -39,7 +40,7 @@ from masked_loss_triton.masks.sources import MaskDirectory
 WEIGHTS_PREFIX = "mask_weights_"
 WEIGHTS_NAME = re.compile(WEIGHTS_PREFIX + r"\d+x\d+x\d+_(float16|float32)")
 VERSION, FINGERPRINT = "mask_version", "mask_tensors_sha256"
-METADATA_KEYS = ("mask_source", "mask_file", "mask_hash", "mask_operations", VERSION, FINGERPRINT)
+METADATA_KEYS = ("mask_source", "mask_file", "mask_hash", "mask_operations", LABELS_METADATA, VERSION, FINGERPRINT)
 PROGRAM = "masked_loss_triton"
 
 
@@ -164,7 +165,10 @@ def inject(
             file = read_header(item.path)
             shape = latent_shape(file, item, prepared.dataset, prepared.family)
             inputs = find_inputs(item, shape, prepared.dataset, prepared.family, prepared.masks)
-            kinds = {group[0].kind if group else "full" for group in inputs.candidates}
+            kinds = {
+                group[0].kind if group else ("file" if any(named) else "full")
+                for group, named in zip(inputs.candidates, inputs.labels, strict=True)
+            }
             if not force:
                 _check_not_foreign(file)
             current = not force and _is_current(file, shape, inputs, dtype)
@@ -232,7 +236,7 @@ def own_weights(file: TensorFile) -> set[str]:
     """The names of the weights in a cache that this package wrote; those of another program are not among them."""
     if not file.metadata.get(VERSION, "").startswith(f"{PROGRAM} "):
         return set()
-    return {name for name in file.tensors if WEIGHTS_NAME.fullmatch(name)}
+    return {name for name in file.tensors if WEIGHTS_NAME.fullmatch(name) or label_of(name)}
 
 
 def own_metadata(file: TensorFile) -> set[str]:
@@ -278,13 +282,16 @@ def save_weights(
         "mask_operations": json.dumps(dataclasses.asdict(dataset.operations), separators=(",", ":")),
         VERSION: f"{PROGRAM} {__version__}",
     }
+    if weights.labels:
+        provenance[LABELS_METADATA] = json.dumps(list(weights.labels))
     metadata = {key: value for key, value in file.metadata.items() if key not in METADATA_KEYS}
-    old = {name for name in file.tensors if name.startswith(WEIGHTS_PREFIX)}
-    array = weights.values.astype(np.float16 if dtype == "float16" else np.float32)
+    old = {name for name in file.tensors if name.startswith(WEIGHTS_PREFIX) or label_of(name)}
+    key = weights_key(shape, dtype)
+    arrays = {key: weights.values, **{labels_key(label, key): part for label, part in weights.labels.items()}}
     rewrite(
         file,
         drop=old,
-        add={weights_key(shape, dtype): array},
+        add={name: array.astype(dtype) for name, array in arrays.items()},
         metadata={**metadata, **provenance},
         fingerprint=FINGERPRINT,
     )
@@ -307,9 +314,15 @@ def remove_weights(item: CacheItem, dry_run: bool = False, debug: bool = False) 
 
 def _is_current(file: TensorFile, shape: LatentShape, inputs: Inputs, dtype: str) -> bool:
     name = weights_key(shape, dtype)
-    if own_weights(file) != {name} or file.metadata.get("mask_hash") != inputs.digest:
+    names = {name, *(labels_key(label, name) for label in labels_in(file.metadata))}
+    if own_weights(file) != names or file.metadata.get("mask_hash") != inputs.digest:
         return False
-    if file.tensors[name]["dtype"] != NUMPY_NAMES[dtype] or "mask_source" not in file.metadata:
+    if "mask_source" not in file.metadata:
         return False
-    values = file.read(name)
-    return bool(np.all((values >= 0) & (values <= 1)))  # NaN is neither
+    for one in names:
+        if file.tensors[one]["dtype"] != NUMPY_NAMES[dtype]:
+            return False
+        values = file.read(one)
+        if not np.all((values >= 0) & (values <= 1)):  # NaN is neither
+            return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place, section_span
+from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place
 from masked_loss_triton.cache.check_pictures import check_source
 from masked_loss_triton.cache.checked import Checked, CheckedDataset, Findings
+from masked_loss_triton.cache.clip_masks import section_span
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
 from masked_loss_triton.cache.kinds import Problem, problem
+from masked_loss_triton.cache.labels import label_of
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.atomic import check_replaceable
@@ -35,6 +38,7 @@ class CacheFindings:
     problems: list[Problem]
     masked: bool | None = None
     operations: MaskOperations | None = None
+    labels: tuple[str, ...] = ()
 
 
 def find_problems(
@@ -95,6 +99,7 @@ def check_shard(
             checked[index].unmasked += result.masked is False
             if result.operations is not None:
                 checked[index].count_operations(json.dumps(dataclasses.asdict(result.operations)))
+            checked[index].count_labels(result.labels)
             result = result.problems
         checked[index].problems += result
         advance()
@@ -143,13 +148,15 @@ def check_cache(prepared: Prepared, item: CacheItem, verify: bool = True) -> Cac
     if foreign := set(names) - own_weights(file):
         note = f"{min(foreign)} is of another program: masked-loss cache --force replaces it"
         return CacheFindings([*found, problem(prepared, "cache", item.path, note)], masked=True)
-    values = file.read(names[0])
+    shares = {label: file.read(name) for name in sorted(file.tensors) if (label := label_of(name))}
+    values = np.concatenate([file.read(names[0]), *shares.values()])
     if not np.all((values >= 0) & (values <= 1)):  # also where they are no numbers
         note = "its weights are not all between 0 and 1: run masked-loss cache again"
         found.append(problem(prepared, "cache", item.path, note))
     elif not np.any(values):
         found.append(problem(prepared, "empty", item.path, "its weights are 0 everywhere: the crop left the mask out"))
-    return CacheFindings(found + _check_current(prepared, item, file, shape, operations), True, operations)
+    found += _check_current(prepared, item, file, shape, operations)
+    return CacheFindings(found, True, operations, tuple(label for label, share in shares.items() if np.any(share)))
 
 
 def _check_fits(prepared: Prepared, item: CacheItem, file: TensorFile, shape: LatentShape) -> None:
@@ -224,9 +231,18 @@ def check_lists(prepared: Prepared) -> list[Problem]:
     if prepared.masks is not None:
         known = {target.stem for source in prepared.sources.values() for target in source.targets}
         known |= {item.stem for item in prepared.items}
+        labels = dataset.mask_labels
+        labelled = {f"{stem}.{label}" for stem in known for label in labels}
         for stem, path in sorted(prepared.masks.stems(dataset.is_video).items()):
-            if stem not in known:
-                found.append(problem(prepared, "unused", path, f"no picture or clip is called {stem}"))
+            name, _, label = stem.rpartition(".")
+            if stem in known or stem in labelled:
+                continue
+            note = f"no picture or clip is called {stem}"
+            if name in known:
+                near = difflib.get_close_matches(label, labels, 1)
+                given = f"mask_labels are {', '.join(labels)}" if labels else f"name it: --mask_labels {label}"
+                note = f"{label} is no label: {f'did you mean {near[0]}?' if near else given}"
+            found.append(problem(prepared, "unused", path, note))
         for first, second in prepared.masks.pairs(dataset.is_video):
             found.append(problem(prepared, "ambiguous", second, f"{first.name} is used"))
     note = "save it as PNG, or a video as MP4"

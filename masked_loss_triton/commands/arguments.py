@@ -40,6 +40,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     sources.add_argument(
         "--mask_directory", metavar="DIR", help="masks by file stem; for clips a still, a folder of frames or a video"
     )
+    sources.add_argument(
+        "--mask_labels",
+        nargs="+",
+        metavar="LABEL",
+        help="labels whose masks stand there too, as NAME.LABEL.png; where they overlap the first one wins",
+    )
     sources.add_argument("--default_mask", metavar="FILE", help="mask of everything that has none")
     sources.add_argument("--require_mask", action=switch, default=None, help="no mask is a problem, not full weight")
     pixels = parser.add_argument_group("what is done to them, in this order (also keys of the dataset file)")

@@ -90,6 +90,8 @@ def _print_table(found: Findings) -> None:
 
     if found.options:
         print("Masked with: " + "; ".join(f"{text} ({count})" for text, count in found.options.most_common()))
+    if found.labels:
+        print("Labels: " + ", ".join(f"{label} in {count} caches" for label, count in sorted(found.labels.items())))
     for kind, meaning in KINDS.items():
         of_kind = [problem for problem in found.problems if problem.kind == kind]
         if of_kind:

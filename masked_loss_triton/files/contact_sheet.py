@@ -7,6 +7,7 @@ import dataclasses
 import html
 import io
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ GAP, TEXT = 10, 18
 BACKGROUND, INK, FAINT, ACCENT = (250, 250, 248), (30, 30, 34), (130, 130, 138), (196, 30, 58)
 EDGE = (206, 206, 202)
 BINS = 20
+COLOURS = ((214, 69, 65), (41, 121, 185), (46, 139, 87), (142, 68, 173), (211, 132, 0), (0, 139, 139), (120, 120, 120))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Card:
         mask: (H, W) float32, the mask before it became weights.
         raw: (F, h, w) float32 in [0, 1], the weights in the cache.
         weights: (F, h, w) float32, after all options of the loss.
+        region: of that shape, the weights of the prior, where there is one.
+        labels: the share of each label, in that shape, where there are labels.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Card:
     mask: np.ndarray
     raw: np.ndarray
     weights: np.ndarray
+    region: np.ndarray | None = None
+    labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def overlay(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -63,6 +69,28 @@ def overlay(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.rint(w * picture + (1 - w) * outside).clip(0, 255).astype(np.uint8)
 
 
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A colour of its own for each label."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def labelled(picture: np.ndarray, shares: Sequence[np.ndarray]) -> np.ndarray:
+    """The picture under the colours of its labels, mixed by their shares, (h, w) each."""
+    tint = sum(share[..., None] * np.array(colour_of(index), np.float32) for index, share in enumerate(shares))
+    size = (picture.shape[1], picture.shape[0])
+    scale = Image.Resampling.NEAREST
+    tint = np.asarray(
+        Image.fromarray(np.clip(np.asarray(tint), 0, 255).astype(np.uint8)).resize(size, scale), np.float32
+    )
+    total = np.asarray(Image.fromarray(np.clip(sum(shares), 0, 1).astype(np.float32)).resize(size, scale))[..., None]
+    grey = picture.astype(np.float32).mean(axis=2, keepdims=True)
+    return np.rint(0.4 * grey * np.ones(3) + 0.6 * tint + 0.3 * (1 - total) * grey).clip(0, 255).astype(np.uint8)
+
+
+def _legend(card: Card) -> list[str]:
+    return [f"{label} {share.mean():.1%}" for label, share in card.labels.items()]
+
+
 def draw(card: Card) -> Image.Image:
     """One card: picture, mask, weights over the picture, histogram; below them a strip over time for clips."""
     heading, small = ImageFont.load_default(15), ImageFont.load_default(12)
@@ -76,31 +104,43 @@ def draw(card: Card) -> Image.Image:
         ("weights", fit(Image.fromarray(overlay(picture, card.weights[middle])), PANEL)),
         ("histogram of weights", histogram(card.weights)),
     ]
+    if card.region is not None:
+        panels.insert(3, ("prior", fit(Image.fromarray(overlay(picture, card.region[middle])), PANEL)))
+    if card.labels:
+        panels[1] = (
+            "labels",
+            fit(Image.fromarray(labelled(picture, [x[middle] for x in card.labels.values()])), PANEL),
+        )
     strip = []
     if len(card.weights) > 1:
         chosen = np.unique(np.linspace(0, len(card.weights) - 1, min(len(card.weights), MAX_STRIP)).round().astype(int))
         for step in chosen:
             pixels = overlay(card.pictures[min(step, last)], card.weights[step])
             strip.append((f"t={step}  {card.weights[step].mean():.2f}", fit(Image.fromarray(pixels), STRIP)))
-    top = 2 * GAP + TEXT * (1 + len(card.facts))
+    top = 2 * GAP + TEXT * (1 + len(card.facts) + bool(card.labels))
     row = max(panel.height for _, panel in panels) + TEXT
     strip_row = max((frame.height for _, frame in strip), default=0) + TEXT + GAP if strip else 0
-    sheet = Image.new("RGB", (5 * GAP + 4 * PANEL, top + row + strip_row + GAP), BACKGROUND)
+    width = GAP + len(panels) * (PANEL + GAP)
+    sheet = Image.new("RGB", (width, top + row + strip_row + GAP), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), card.name, INK, heading)
     for line, fact in enumerate(card.facts, 1):
         pen.text((GAP, GAP + 4 + TEXT * line), fact, FAINT, small)
+    x = float(GAP)
+    for index, text in enumerate(_legend(card)):
+        pen.text((x, GAP + 4 + TEXT * (1 + len(card.facts))), text, colour_of(index), small)
+        x += pen.textlength(text, small) + 2 * GAP
     for column, (label, panel) in enumerate(panels):
-        x = GAP + column * (PANEL + GAP)
-        pen.text((x, top), label, FAINT, small)
-        sheet.paste(panel, (x, top + TEXT))
+        left = GAP + column * (PANEL + GAP)
+        pen.text((left, top), label, FAINT, small)
+        sheet.paste(panel, (left, top + TEXT))
         # A white mask would vanish in the page.
-        pen.rectangle((x - 1, top + TEXT - 1, x + panel.width, top + TEXT + panel.height), outline=EDGE)
-    x = GAP
+        pen.rectangle((left - 1, top + TEXT - 1, left + panel.width, top + TEXT + panel.height), outline=EDGE)
+    left = GAP
     for label, frame in strip:
-        pen.text((x, top + row + GAP), label, FAINT, small)
-        sheet.paste(frame, (x, top + row + GAP + TEXT))
-        x += frame.width + GAP
+        pen.text((left, top + row + GAP), label, FAINT, small)
+        sheet.paste(frame, (left, top + row + GAP + TEXT))
+        left += frame.width + GAP
     pen.line((0, sheet.height - 1, sheet.width, sheet.height - 1), EDGE)
     return sheet
 
@@ -138,11 +178,12 @@ def sheet(images: list[Image.Image]) -> Image.Image:
     columns = 1 if len(images) <= 6 else 2
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     heights = [max(image.height for image in row) for row in rows]
-    whole = Image.new("RGB", (columns * images[0].width, sum(heights)), BACKGROUND)
+    width = max(image.width for image in images)
+    whole = Image.new("RGB", (columns * width, sum(heights)), BACKGROUND)
     y = 0
     for row, height in zip(rows, heights, strict=True):
         for column, image in enumerate(row):
-            whole.paste(image, (column * image.width, y))
+            whole.paste(image, (column * width, y))
         y += height
     return whole
 
@@ -154,7 +195,7 @@ def page(title: str, cards: list[Card], images: list[Image.Image], notes: list[s
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        alt = html.escape(f"{card.name}: {'; '.join(card.facts)}", quote=True)
+        alt = html.escape(f"{card.name}: {'; '.join([*card.facts, *_legend(card)])}", quote=True)
         parts.append(f'<img loading="lazy" alt="{alt}" src="data:image/png;base64,{data}">')
     said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     return (

@@ -97,6 +97,16 @@ def observe() -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None] / 255
         return torch.nn.functional.interpolate(pixels, size=shape[-2:], mode="area")[0, :, None].expand(shape)
 
+    def expected_loss(pred, target, step) -> float:
+        """The loss of a run with no options but a prior, from float64."""
+        mask = step.mask.double().transpose(1, 2) if step.layout == "layered" else step.mask.double()
+
+        def mean(weight, other) -> float:
+            weight = weight.expand_as(pred)
+            return float((weight * (pred.double() - other.double()) ** 2).sum() / (weight.sum() + 1e-8))
+
+        return mean(mask, target) + (0.5 * mean(1 - mask, step.prior) if step.prior is not None else 0)
+
     def begin_and_keep(self, args, accelerator, transformer, batch, timesteps):
         step = begin(self, args, accelerator, transformer, batch, timesteps)
         files = [expected(path, batch["bucket"], step.mask.shape[1:]) for path in batch["item_paths"]]
@@ -122,6 +132,7 @@ def observe() -> None:
             inside=float(gradient[~outside].abs().max()),
             shapes=[list(pred.shape), list(step.mask.shape)],
             dtypes=[str(pred.dtype), str(target.dtype), str(step.mask.dtype)],
+            expected_loss=expected_loss(pred, target, step),
         )
         with open(os.environ["LAB_OBSERVE"], "a") as file:
             file.write(json.dumps(self.seen) + "\n")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.lab.fixture import FAMILIES
 from tests.lab.laboratory import network_module
@@ -37,8 +38,9 @@ def test_weights_are_the_trainers_resize_and_nothing_is_learned_outside(laborato
     assert run.status == 0, run.output[-3000:]
     steps = [json.loads(line) for line in seen.read_text().splitlines()]
     assert len(steps) == 4
-    for step in steps:
+    for step, logged in zip(steps, run.losses, strict=True):
         assert step["weight_error"] <= 1 / 1024  # float16 in the cache
+        assert logged == pytest.approx(step["expected_loss"], rel=1e-6)
         assert step["outside"] == 0
         assert step["inside"] > 0
     assert run.metadata()["ss_network_module"] == FAMILIES[family].network
@@ -158,25 +160,39 @@ def test_help_and_config_file_know_the_flags(laboratory, musubi, tmp_path):
     assert by_file.metadata()["ss_mask_gamma"] == "0.5"
 
 
-def test_numbers_reach_the_trainers_own_log(laboratory, tmp_path):
+def test_numbers_and_a_picture_reach_the_trainers_own_log(laboratory, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    root = laboratory.cache("wan", "masks")
+    root = laboratory.cache("wan", "masks", tuple(f"img{i}" for i in range(6)))
     flags = ["--use_mask_loss", "--inverted_mask_prior", "--logging_dir", str(tmp_path), "--log_with", "tensorboard"]
-    run = laboratory.train("wan", root, *flags)
+    seen = tmp_path / "seen.jsonl"
+    observed = {"LAB_OBSERVE": str(seen), "LAB_MASKS": str(laboratory.fixture / "masks")}
+    run = laboratory.train("wan", root, *flags, hooks=("observe",), **observed)
     silent = laboratory.train("wan", root, *flags[:2])
     assert run.lora == silent.lora
-    (events,) = tmp_path.rglob("events.out*")
-    log = EventAccumulator(str(events.parent)).Reload()
+    (events,) = (path.parent for path in tmp_path.rglob("events.out*") if "network_train" in path.parts)
+    log = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
     read = {name: [event.value for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
+    expected = [json.loads(line)["expected_loss"] for line in seen.read_text().splitlines()]
+    assert read["loss/current"] == pytest.approx(expected, rel=1e-6)
     assert len(read["mask/coverage"]) == 4
     assert all(0 < value < 1 for value in read["mask/coverage"])
     for total, target, prior in zip(
         read["loss/current"], read["mask/target_loss"], read["mask/prior_loss"], strict=True
     ):
         assert total == pytest.approx(target + prior, rel=1e-5)
-    assert read["mask/applied_rate"] == [1.0] * 4
+    assert read["mask/masked_rate"] == [1.0] * 4
+    assert read["mask/prior_factor"] == [0.5] * 4
+    assert len(read["mask/error_inside"]) == len(read["mask/error_outside"]) == len(read["mask/drift_outside"]) == 4
+    # At the first step the LoRA is 0, and the teacher the student, but for the rounding of bfloat16.
+    assert 0 <= read["mask/drift_outside"][0] < 1e-4 * read["mask/error_outside"][0]
+    assert len(read["mask/coverage_dataset_0"]) == 1
+    pictures = log.Images("mask/first_items")
+    assert [picture.step for picture in pictures] == [0, 2]
+    (file,) = tmp_path.rglob("lora_first_items.png")
+    assert (pictures[-1].width, pictures[-1].height) == Image.open(file).size
+    assert "not found in the caches" not in run.output
 
 
 INLINE = {"blissful-tuner": ("BLISSFUL_REPO", ("blissful_on_cpu",)), "musubi-tuner 0.2": ("MUSUBI_02_REPO", ())}

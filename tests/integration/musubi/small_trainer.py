@@ -66,6 +66,8 @@ def arguments(toml: Path, *flags: str, parser: argparse.ArgumentParser | None = 
     for name, value in {
         **fixed,
         "save_at": None,
+        "output_dir": str(Path(toml).parent / "out"),
+        "output_name": "lora",
         "learning_rate": 0.05,
         "network_module": "networks.lora",
         **changes,
@@ -113,7 +115,9 @@ class Base:
             tensors = load_file(path)
             latents = next(value for name, value in tensors.items() if name.startswith("latents_"))
             found = {
-                name.rsplit("_", 1)[0]: value for name, value in tensors.items() if name.startswith("mask_weights_")
+                name.rsplit("_", 1)[0]: value
+                for name, value in tensors.items()
+                if name.startswith(("mask_weights_", "mask_label_"))
             }
             items.append({"latents": latents.float(), **found})
         size = args.batch_size

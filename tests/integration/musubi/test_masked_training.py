@@ -70,7 +70,7 @@ def test_a_white_mask_is_the_stock_run(labs, generation, family, scheme):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_learned_outside_the_mask(labs, family):
     trainer = trained("method", labs(family), "--use_mask_loss", max_train_steps=1)
-    step, _ = trainer.output.extra["masked_loss"]
+    step = trainer.output.extra["masked_loss"]
     outside = (step.mask == 0).expand_as(trainer.output.pred)
     assert outside.any()
     assert not trainer.output.pred.grad[outside].any()
@@ -227,11 +227,11 @@ def test_the_teacher_runs_only_where_a_sample_needs_it(labs, monkeypatch):
     assert same(gated, trained("method", lab, "--use_mask_loss", timesteps=low))
     one = trained("method", lab, *prior, "--prior_timestep_threshold", 200, timesteps=mixed, max_train_steps=1)
     assert len(seen) == 1
-    step, _ = one.output.extra["masked_loss"]
+    step = one.output.extra["masked_loss"]
     assert step.prior_gate.tolist() == [False, True]
     # The adapter starts at 0, where teacher and student agree: no pull yet, so a later step is looked at.
     later = trained("method", lab, *prior, "--prior_timestep_threshold", 200, timesteps=mixed, learning_rate=1.0)
-    step, _ = later.output.extra["masked_loss"]
+    step = later.output.extra["masked_loss"]
     outside = (step.mask == 0).expand_as(later.output.pred)
     moved = (later.output.pred.grad * outside).flatten(1).any(1)
     assert moved.tolist() == [False, True]
@@ -280,20 +280,41 @@ def test_schedules():
 
 def test_probability_is_a_function_of_seed_and_step():
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    drawn = [schedule.masked_this_time(0.3, 42, step) for step in range(4000)]
+    drawn = [schedule.this_time("prior", 0.3, 42, step) for step in range(4000)]
     random.random()
     torch.rand(1)
-    assert drawn == [schedule.masked_this_time(0.3, 42, step) for step in range(4000)]
-    assert drawn != [schedule.masked_this_time(0.3, 43, step) for step in range(4000)]
+    assert drawn == [schedule.this_time("prior", 0.3, 42, step) for step in range(4000)]
+    assert drawn != [schedule.this_time("prior", 0.3, 43, step) for step in range(4000)]
+    assert drawn != [schedule.this_time("masked_loss", 0.3, 42, step) for step in range(4000)]
     assert abs(sum(drawn) / 4000 - 0.3) < 0.03
     random.setstate(before[0])
     torch.set_rng_state(before[2])
-    schedule.masked_this_time(0.3, 42, 5)
+    schedule.this_time("prior", 0.3, 42, 5)
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[2])
-    assert schedule.masked_this_time(1.0, 1, 1)
-    assert not schedule.masked_this_time(0.0, 1, 1)
+    assert schedule.this_time("prior", 1.0, 1, 1)
+    assert not schedule.this_time("prior", 0.0, 1, 1)
+
+
+@pytest.mark.parametrize("threshold", [[], ["--prior_mask_threshold", 0.5]])
+def test_a_prior_on_some_steps_is_the_same_in_expectation(labs, monkeypatch, threshold):
+    """Its factor is 0 or the weight over the probability; the target's weights are those of a prior on every step."""
+    lab, seen = labs("wan"), teacher_passes(monkeypatch)
+    flags = ["--use_mask_loss", "--inverted_mask_prior", "--mask_gamma", 0.5, *threshold]
+    given = {"trackers": [object()], "max_train_steps": 12}
+    always = trained("method", lab, *flags, **given)
+    seen.clear()
+    some = trained("method", lab, *flags, "--prior_probability", 0.25, **given)
+    factors = [logs["mask/prior_factor"] for logs in some.logs]
+    drawn = [schedule.this_time("prior", 0.25, 7, step) for step in range(12)]
+    assert factors == [0.5 / 0.25 if on else 0 for on in drawn]
+    assert 0 < len(seen) == sum(drawn) < 12
+    assert [logs["mask/weight"] for logs in some.logs] == [logs["mask/weight"] for logs in always.logs]
+    assert all(torch.equal(a, b) for a, b in zip(some.draws, always.draws, strict=True))
+    for loss, logs, factor in zip(some.losses, some.logs, factors, strict=True):
+        prior = factor and logs["mask/prior_loss"]
+        assert loss == pytest.approx(logs["mask/target_loss"] + prior, rel=1e-6)
 
 
 def test_an_unmasked_batch_is_the_stock_loss(labs):
@@ -301,25 +322,42 @@ def test_an_unmasked_batch_is_the_stock_loss(labs):
     stock = trained("method", lab, masked=False)
     assert same(trained("method", lab, "--use_mask_loss", "--mask_probability", 0), stock)
     some = trained("method", lab, "--use_mask_loss", "--mask_probability", 0.5, trackers=[object()], max_train_steps=8)
-    assert some.logs[-1]["mask/applied_rate"] == some.masked.masked / 8
+    assert some.logs[-1]["mask/masked_rate"] == some.masked.masked / 8
     assert 0 < some.masked.masked < 8
 
 
-def test_logs_are_read_only_where_somebody_tracks(labs):
+def test_the_log_says_what_was_done(labs):
     lab = labs("wan")
-    flags = ["--use_mask_loss", "--inverted_mask_prior"]
-    logged = trained("method", lab, *flags, trackers=[object()])
-    silent = trained("method", lab, *flags)
-    assert same(logged, silent)
-    assert silent.masked.logs() == {}
+    flags = ["--use_mask_loss", "--inverted_mask_prior", "--prior_warmup_ratio", 0.5]
+    logged = trained("method", lab, *flags, trackers=[object()], learning_rate=1.0)
+    assert same(logged, trained("method", lab, *flags, learning_rate=1.0))
     for loss, logs in zip(logged.losses, logged.logs, strict=True):
-        assert logs["mask/target_loss"] + logs["mask/prior_loss"] == pytest.approx(loss, rel=1e-6)
-        assert logs["mask/teacher_rate"] == 1
-    step, _ = logged.output.extra["masked_loss"]
+        assert logs["mask/target_loss"] + logs.get("mask/prior_loss", 0) == pytest.approx(loss, rel=1e-6)
+    assert [logs["mask/prior_factor"] for logs in logged.logs] == [0, 0.25, 0.5, 0.5]
+    assert [logs["mask/teacher_rate"] for logs in logged.logs] == [0, 0.5, 2 / 3, 0.75]
+    assert "mask/drift_outside" not in logged.logs[0]
+    assert [name for name in logged.logs[0] if "dataset" in name] == ["mask/coverage_dataset_0"]
+    assert "mask/coverage_dataset_0" not in logged.logs[1]
+    step, logs = logged.output.extra["masked_loss"], logged.logs[-1]
     w, v = mask_weights(step.mask, logged.masked.config, shape=(2, *step.positions))
-    assert logged.logs[-1]["mask/coverage"] == pytest.approx(float(step.mask.float().mean()), rel=1e-3)
-    assert logged.logs[-1]["mask/target_weight"] == pytest.approx(float(w.mean()), rel=1e-6)
-    assert logged.logs[-1]["mask/prior_weight"] == pytest.approx(float(v.mean()), rel=1e-6)
+    m = step.mask.double().expand_as(logged.output.pred)
+    for name, other in (("error", logged.output.target), ("drift", step.prior)):
+        squares = (logged.output.pred.detach().double() - other.double()) ** 2
+        for side, part in (("inside", m), ("outside", 1 - m)):
+            assert logs[f"mask/{name}_{side}"] == pytest.approx(float((part * squares).sum() / part.sum()), rel=1e-5)
+    assert logs["mask/drift_outside"] > 0
+    assert logs["mask/coverage"] == pytest.approx(float(m.mean()), rel=1e-5)
+    assert logs["mask/weight"] == pytest.approx(float(w.mean()), rel=1e-6)
+    assert logs["mask/prior_region"] == pytest.approx(float(v.mean()), rel=1e-6)
+
+
+def test_what_a_batch_does_not_have_is_not_logged(labs):
+    white = trained("method", labs("wan", "white"), "--use_mask_loss", trackers=[object()], max_train_steps=1)
+    assert "mask/error_inside" in white.logs[0]
+    assert "mask/error_outside" not in white.logs[0]
+    unmasked = ["--use_mask_loss", "--mask_probability", 0]
+    off = trained("method", labs("wan"), *unmasked, trackers=[object()], max_train_steps=1)
+    assert set(off.logs[0]) == {"loss/current", "mask/target_loss", "mask/coverage_dataset_0", "mask/masked_rate"}
 
 
 @both

@@ -26,6 +26,7 @@ from tests.integration.musubi.small_trainer import GENERATIONS, InlineTrainer, M
 from tests.support.caches import caches
 
 BAD = [
+    ("mask_weights", "face", "must be LABEL=WEIGHT with weights >= 0"),
     ("mask_gamma", 0.0, "must be > 0, got 0.0"),
     ("mask_min_weight", 1.0, "must be in [0, 1), got 1.0"),
     ("mask_blur_kernel_size", 4, "must be 0 (off) or an odd integer"),
@@ -43,6 +44,7 @@ BAD = [
     ("prior_decay_schedule", "step", "must be one of constant, linear, cosine"),
     ("prior_decay_timestep_start", 0.0, "must be in [0.001, 1000]"),
     ("prior_warmup_ratio", -0.1, "must be in [0, 1]"),
+    ("prior_probability", 0.0, "must be in (0, 1], got 0.0"),
     ("mask_normalize_across", "all", "must be one of rank, world, accumulation"),
     ("mask_routing", 0.0, "must be in (0, 1], got 0.0"),
     ("mask_routing_until", 1.5, "must be in (0, 1]"),
@@ -212,7 +214,11 @@ def test_caches_are_inspected_before_training(tmp_path, capsys):
         (lab.masks / f"{stem}.png").unlink(missing_ok=True)
     assert lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_gamma", "0.5") == 0
     report = inspect_caches(str(lab.toml), "wan")
-    assert report.summary() == "masks in 4 caches, from: full 4; baked in: mask_bake_gamma 0.5"
+    name = f"dataset 0 ({lab.images})"
+    assert report.summary() == [
+        f"{name}: masks in 4 caches, from: no mask and full weight 4; coverage 100.0%",
+        "baked into the caches: mask_bake_gamma 0.5",
+    ]
     twice = report.warnings(MaskOptions(use_mask_loss=True, mask_gamma=2.0, invert_mask=True))
     assert "--mask_gamma 2.0 comes on top of mask_bake_gamma 0.5" in twice[0]
     assert "4 caches have no mask but full weight" in twice[1]
@@ -242,18 +248,18 @@ def test_masks_that_another_program_wrote_are_taken(tmp_path):
     tensors = load_file(path)
     (shape,) = [value.shape[1:] for name, value in tensors.items() if name.startswith("latents_")]
     save_file({**tensors, f"mask_weights_{'x'.join(map(str, shape))}_float32": torch.ones(1, *shape)}, path)
-    assert inspect_caches(str(lab.toml), "hv").summary() == "masks in 1 caches, from: another program 1"
+    (line,) = inspect_caches(str(lab.toml), "hv").summary()
+    assert line.endswith("masks in 1 caches, from: another program 1; coverage 100.0%")
 
 
 def test_the_banner(tmp_path, capsys, monkeypatch):
     lab = caches(tmp_path, "wan", stems="abce")
     trained("method", lab, "--use_mask_loss", "--mask_gamma", 0.5, "--loss_delta", 2, max_train_steps=1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == [
-        "masked-loss: masks are on: mask_gamma=0.5, loss_delta=2.0",
-        "masked-loss: masks in 4 caches, from: file 4",
-        "masked-loss: --loss_delta does nothing with --loss_type mse",
-    ]
+    assert lines[-4] == "masked-loss: masks are on: mask_gamma=0.5, loss_delta=2.0"
+    assert lines[-3].startswith(f"masked-loss: dataset 0 ({lab.images}): masks in 4 caches, from: file 4; coverage 2")
+    assert lines[-2] == "masked-loss: --loss_delta does nothing with --loss_type mse"
+    assert lines[-1].startswith("masked-loss: the first 2 items and the weights that reach the loss: ")
     trained("method", lab, "--use_mask_loss", max_train_steps=1, mask_gama=0.5)
     assert "masked-loss: mask_gama in the configuration file is no flag, and does nothing" in capsys.readouterr().out
     trained("inline", lab, max_train_steps=1)

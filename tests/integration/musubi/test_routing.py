@@ -150,7 +150,7 @@ def test_a_run_that_fails_in_the_middle_leaves_no_hooks(labs, name):
 def test_the_gradient_at_dropped_tokens_is_0(labs, name, prior):
     flags = ("--inverted_mask_prior", "--mask_min_weight", "0.1") if prior else ()
     trainer = trained("method", labs[name], *HALF, *flags, batch_size=1)
-    step, _ = trainer.output.extra["masked_loss"]
+    step = trainer.output.extra["masked_loss"]
     gradient = trainer.output.pred.grad
     on = step.routed.kept.positions.unsqueeze(1).expand_as(gradient)
     assert 0 < on.float().mean() < 0.6
@@ -214,7 +214,7 @@ def test_cross_attention_is_gated_by_the_mask_and_exact_where_it_is_white(labs, 
 def test_what_the_gate_lets_through_is_the_weight_of_the_token(labs):
     """The text's part of the first block: 0 outside, as it is where the weight is 1; nothing is gated without a gradient."""
     trainer = trained("method", labs["wan"], *GATED, batch_size=1)
-    step, _ = trainer.output.extra["masked_loss"]
+    step = trainer.output.extra["masked_loss"]
     attention = trainer.transformer.blocks[0].attn2
     x = torch.randn(1, 64, attention.inner_dim)
     text = torch.randn(1, 5, attention.inner_dim)
