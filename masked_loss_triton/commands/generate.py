@@ -235,6 +235,7 @@ def _generation(args: argparse.Namespace) -> Generation:
     from masked_loss_triton.generate.choice import choose_backend
 
     backend, models = args.backend, dict(sorted(vars(args).items()))
+    models["static_dir"] = args.static_dir or args.input_dir
     if backend == DEFAULT:
         backend, why = choose_backend(bool(args.text_prompt or args.exclude_prompt), models)
         if why:

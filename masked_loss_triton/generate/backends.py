@@ -27,11 +27,16 @@ SEGMENTERS = {
     "u2net": "masked_loss_triton.generate.saliency",
     "grabcut": "masked_loss_triton.generate.grabcut",
 }
+# Both in one, from files beside the picture; `load` returns an engine.
+WHOLE = {
+    "difference": "masked_loss_triton.generate.difference",
+    "static": "masked_loss_triton.generate.static",
+}
 ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
 DEFAULT = "auto"
 # Detectors that read no words, and what their one layer is called.
-WORDLESS = {"u2net": "what stands out", "box": "the box"}
-ON_THE_CPU = ("u2net", "box", "grabcut")
+WORDLESS = {"u2net": "what stands out", "box": "the box", "difference": "what differs", "static": "what changes"}
+ON_THE_CPU = ("u2net", "box", "grabcut", *WHOLE)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded
 
@@ -81,22 +86,25 @@ class Segmenter(Protocol):
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all detectors and segmenters, a group for each."""
-    for name, module in {**DETECTORS, **SEGMENTERS}.items():
-        kinds = [kind for kind, table in (("detector", DETECTORS), ("segmenter", SEGMENTERS)) if name in table]
+    tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": WHOLE}
+    for name, module in {**DETECTORS, **SEGMENTERS, **WHOLE}.items():
+        kinds = [kind for kind, table in tables.items() if name in table]
         importlib.import_module(module).add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
 
 
 def split_backend(backend: str) -> tuple[str, str]:
-    """Returns the names of the detector and the segmenter of a backend, other than "auto".
+    """Returns the names of the detector and the segmenter of a backend, other than "auto"; twice the same of one that is both.
 
     Raises:
         UserError: for a backend that does not exist.
     """
+    if backend in WHOLE:
+        return backend, backend
     detector, _, segmenter = ALIASES.get(backend, backend).partition("+")
     if detector not in DETECTORS or segmenter not in SEGMENTERS:
         raise UserError(
             f"--backend {backend}: write DETECTOR+SEGMENTER with a detector of {', '.join(DETECTORS)} and a segmenter of "
-            f"{', '.join(SEGMENTERS)}, or {', '.join(ALIASES)}",
+            f"{', '.join(SEGMENTERS)}, or {', '.join((*ALIASES, *WHOLE))}",
             2,
         )
     return detector, segmenter
@@ -138,6 +146,16 @@ def load_backend(
     return loaded[0], loaded[1]
 
 
+def load_whole(backend: str, request: MaskRequest, models: Mapping[str, Any]) -> Any:
+    """Loads the engine of a backend of `WHOLE`.
+
+    Raises:
+        UserError: for what is missing beside the pictures.
+    """
+    (module,) = _modules(backend)
+    return module.load(request, **flags_of(module, models))
+
+
 def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those of the flags that belong to a backend, or to one of its modules: they begin with the module's name."""
     modules = _modules(backend) if isinstance(backend, str) else [backend]
@@ -146,5 +164,7 @@ def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _modules(backend: str) -> list[Any]:
+    if backend in WHOLE:
+        return [importlib.import_module(WHOLE[backend])]
     detector, segmenter = split_backend(backend)
     return [importlib.import_module(module) for module in (DETECTORS[detector], SEGMENTERS[segmenter])]

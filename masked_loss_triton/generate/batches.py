@@ -20,8 +20,8 @@ import numpy as np
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.notes import read_png_note
 from masked_loss_triton.files.parallel import run_parallel
-from masked_loss_triton.generate.backends import load_backend
-from masked_loss_triton.generate.engine import Engine, FrameMask
+from masked_loss_triton.generate.backends import WHOLE, load_backend, load_whole
+from masked_loss_triton.generate.engine import Engine, FrameMask, WholeEngine
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import (
     OVERWRITE,
@@ -52,7 +52,7 @@ class Done:
         job: the picture or clip.
         status: "written"; "nothing" when no prompt was found; "kept" when its mask was drawn by hand; "no picture" when it is
             a mask or contact sheet of an earlier run; "problem".
-        message: what is wrong, one line.
+        message: what is wrong, or why nothing was found, one line.
         mean: mean weight of the mask that was written, 0 to 1.
         detected: whether what it shows was detected: False where a box was given.
         marks: what is odd about it, see `quality`.
@@ -131,6 +131,9 @@ class Generation:
         Raises:
             UserError: for weights that are absent.
         """
+        if self.backend in WHOLE:
+            whole = load_whole(self.backend, self.request, self.models)
+            return Worker(whole, self, find_saliency(self.models) if self.compare else None)
         detector, segmenter = load_backend(
             self.backend,
             self.request,
@@ -169,7 +172,7 @@ def generate_masks(jobs: Sequence[Job], generation: Generation) -> Iterator[Done
         UserError: when the models cannot be loaded. What is wrong with a single file is a `Done` of that file.
     """
     worker = generation.worker()
-    for finished in run_parallel(worker.run, generation.batches(jobs), worker.engine.segmenter.workers):
+    for finished in run_parallel(worker.run, generation.batches(jobs), worker.engine.workers):
         yield from finished
 
 
@@ -186,7 +189,7 @@ class Worker:
         saliency: finds what stands out, to compare with; None compares nothing.
     """
 
-    def __init__(self, engine: Engine, generation: Generation, saliency: Saliency | None = None) -> None:
+    def __init__(self, engine: Engine | WholeEngine, generation: Generation, saliency: Saliency | None = None) -> None:
         self.saliency = saliency
         self.engine, self.note, self.debug = engine, generation.note(), generation.debug
         self.fallback = FALLBACKS[generation.no_detection]
@@ -241,9 +244,9 @@ class Worker:
     def _pictures(self, jobs: list[Job], pictures: list[np.ndarray]) -> list[Done]:
         if len(jobs) == 1:
             (job,), (picture,) = jobs, pictures
-            return [self._guarded(job, lambda: self._write(job, picture, self.engine.masks(pictures)[0]))]
+            return [self._guarded(job, lambda: self._write(job, picture, self.engine.masks(pictures, [job.source])[0]))]
         try:
-            results = self.engine.masks(pictures)
+            results = self.engine.masks(pictures, [job.source for job in jobs])
         except Exception:  # one of them spoils the batch, or all are too much for the memory: one by one it shows
             singles = zip(jobs, pictures, strict=True)
             return [done for job, picture in singles for done in self._pictures([job], [picture])]
@@ -267,7 +270,7 @@ class Worker:
             status = "nothing"
             if self.fallback is None:
                 self._clear(job)
-                return Done(job, status)
+                return Done(job, status, self.engine.nothing)
             mask, note, marks = np.full_like(mask, self.fallback), {**note, "fallback": True}, []
         note["marks"] = marks
         expected = self.replacement.keep_copy(job.target)
@@ -276,6 +279,8 @@ class Worker:
         return Done(job, status, "", float(mask.mean()) / 255, result.detected, tuple(marks))
 
     def _marks(self, picture: np.ndarray, result: FrameMask) -> list[str]:
+        if isinstance(self.engine, WholeEngine):  # what it covers, and along what, says nothing
+            return []
         instances = [one for found in result.found.values() for one in found]
         given = [one.box for one in instances if one.score is None]
         scores = [score for one in instances for score in (one.score, one.mask_score) if score is not None]
@@ -290,7 +295,7 @@ class Worker:
         def masks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
             nonlocal detected
             found_any = False
-            for result in self.engine.masks_of_clip(read_clip(job.source)):
+            for result in self.engine.masks_of_clip(read_clip(job.source), job.source):
                 found_any |= result.found_any(self.engine.request)
                 detected |= result.detected
                 means.append(float(result.mask.mean()) / 255)
@@ -305,7 +310,7 @@ class Worker:
         except _NothingFound:
             if self.fallback is None:
                 self._clear(job)
-                return Done(job, "nothing")
+                return Done(job, "nothing", self.engine.nothing)
             grey, note = self.fallback, {**self.note, "found": [], "fallback": True}
             shapes = (frame.shape[:2] for frame in read_clip(job.source))
             self._write_clip(job, ((np.full(shape, grey, np.uint8), note) for shape in shapes))

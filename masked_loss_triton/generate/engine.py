@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -68,14 +69,21 @@ class Engine:
             results.append(found)
         return results
 
-    def masks(self, pictures: Sequence[np.ndarray]) -> list[FrameMask]:
-        """Makes the mask of each picture, (H, W, 3) uint8."""
+    nothing = ""
+
+    @property
+    def workers(self) -> int:
+        """The number of batches that are worth working on at once."""
+        return self.segmenter.workers
+
+    def masks(self, pictures: Sequence[np.ndarray], sources: Sequence[Path] = ()) -> list[FrameMask]:
+        """Makes the mask of each picture, (H, W, 3) uint8. Their files do not matter here."""
         return [
             FrameMask(compose(_masks(found), self.request, picture.shape[:2]), found)
             for picture, found in zip(pictures, self.find(pictures), strict=True)
         ]
 
-    def masks_of_clip(self, frames: Iterable[np.ndarray]) -> Iterator[FrameMask]:
+    def masks_of_clip(self, frames: Iterable[np.ndarray], source: Path | None = None) -> Iterator[FrameMask]:
         """Makes the mask of each frame, in order.
 
         Every `key_interval` frames, and in the last one, things are found anew; in between they are followed from the key
@@ -123,6 +131,43 @@ class Engine:
             for words, mask in zip(owners, masks, strict=True):
                 by_words.setdefault(words, []).append(mask)
             yield by_words
+
+
+class WholeEngine:
+    """Finds and cuts out in one, from a picture and files that belong to it; takes the place of an `Engine`."""
+
+    workers = 2
+    nothing = ""  # why nothing was found, where there is one reason
+
+    def __init__(self, request: MaskRequest) -> None:
+        self.request = request
+
+    def find(self, picture: np.ndarray, source: Path) -> Found:
+        """Finds what is in a picture, (H, W, 3) uint8, whose file is `source`."""
+        raise NotImplementedError
+
+    def masks(self, pictures: Sequence[np.ndarray], sources: Sequence[Path]) -> list[FrameMask]:
+        """Makes the mask of each picture, (H, W, 3) uint8."""
+        return [
+            self.mask_of(picture, self.find(picture, source)) for picture, source in zip(pictures, sources, strict=True)
+        ]
+
+    def masks_of_clip(self, frames: Iterable[np.ndarray], source: Path) -> Iterator[FrameMask]:
+        """Makes the mask of each frame, in order."""
+        raise NotImplementedError
+
+    def one_instance(self, mask: np.ndarray) -> Found:
+        """Makes one instance of a mask, (H, W) bool, where it is large enough. Nobody scores it: it was computed."""
+        ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(ys):
+            return {}
+        box = float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)
+        chosen = choose([Instance(mask, box, 1.0, None)], self.request, "all")
+        return {self.request.prompts[0].words: chosen} if chosen else {}
+
+    def mask_of(self, picture: np.ndarray, found: Found) -> FrameMask:
+        """Makes the mask of what was found."""
+        return FrameMask(compose(_masks(found), self.request, picture.shape[:2]), found)
 
 
 def _join(found: Found, remembered: dict[str, list[np.ndarray]]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.contact_sheet import ACCENT, MAX_STRIP, Card, draw, save_sheet
+from masked_loss_triton.generate.backends import WHOLE, WORDLESS
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import read_note
 from masked_loss_triton.generate.quality import marks_of
@@ -107,6 +108,8 @@ def _found(note: dict[str, Any], mask_path: Path | None) -> str:
         return "made by hand or by another program"
     if note["found"] and all(one["score"] is None for one in note["found"]):
         return "nothing was looked for: cut out of the box that was given"
+    if note["backend"] in WHOLE and note["found"]:
+        return f"{WORDLESS[note['backend']]} is white"
     counts: dict[str, list[float]] = {}
     for one in note["found"]:
         counts.setdefault(one["words"], []).append(one["score"])

@@ -58,7 +58,7 @@ class Summary:
             if done.marks:
                 self.doubtful[str(done.job.source)] = done.marks
         elif done.status == "nothing":
-            self.nothing.append(str(done.job.source))
+            self.nothing.append(f"{done.job.source}{f' ({done.message})' if done.message else ''}")
         elif done.status == "kept":
             self.drawn.append(str(done.job.mask()))
         elif done.status == "no picture":
