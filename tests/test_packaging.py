@@ -82,6 +82,8 @@ def test_the_wheel_has_every_package_and_one_root(built):
     assert {root for root in roots if not root.endswith(".dist-info")} == {"masked_loss_triton"}
     assert {name.rsplit("/", 1)[0] for name in names if name.endswith(".py")} == packages_on_disk()
     assert "masked_loss_triton/py.typed" in names
+    page = {path.name for path in (ROOT / "masked_loss_triton/edit/static").iterdir()}
+    assert {f"masked_loss_triton/edit/static/{name}" for name in page} <= set(names)
 
 
 def test_no_dependency_replaces_a_trainers_torch(built):
