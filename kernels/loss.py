@@ -147,6 +147,8 @@ def loss_kernel(
         grad_output = tl.load(grad_output_ptr).to(tl.float32)
         s, r = s * grad_output, r * grad_output
 
+    if sample.delta_ptr is not None:
+        delta = tl.load(sample.delta_ptr + b).to(tl.float32)
     m, w, v = weights_at(cell, at, inside, weights, mask, gates, b, shape, stages, OPTIONS, prior is not None)
     target_weight, prior_weight = s * w, r * v
 

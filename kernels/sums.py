@@ -50,9 +50,10 @@ class Normalization(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What goes into the factor of each sample beside the sums of its weights."""
+    """What each sample has of its own: what goes into its factor beside the sums of its weights, and its delta."""
 
     weighting_ptr: torch.Tensor | None  # (B,)
+    delta_ptr: torch.Tensor | None  # (B,), or None: one for all
     prior_weight_ptr: torch.Tensor | None  # (B,), or None: `prior_weight` for all
     prior_weight: float
     factors_ptr: (
@@ -61,10 +62,10 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, call: LossInputs, factors: torch.Tensor | None) -> Sample:
-        weighting = None if call.weighting is None else call.weighting.contiguous()
+        weighting, delta = (None if x is None else x.contiguous() for x in (call.weighting, call.loss_delta))
         if isinstance(call.prior_weight, torch.Tensor):
-            return cls(weighting, call.prior_weight.contiguous(), 0.0, factors)
-        return cls(weighting, None, call.prior_weight, factors)
+            return cls(weighting, delta, call.prior_weight.contiguous(), 0.0, factors)
+        return cls(weighting, delta, None, call.prior_weight, factors)
 
 
 class Outputs(NamedTuple):

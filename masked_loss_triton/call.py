@@ -61,6 +61,7 @@ class CallOptions(TypedDict, total=False):
     prior_weight: torch.Tensor | float | Sequence[float] | None
     prior_gate: torch.Tensor | None
     mask_gate: torch.Tensor | None
+    loss_delta: torch.Tensor | None
     normalizer: Normalizer | None
     process_group: ProcessGroup | None
     layout: Layout
@@ -84,6 +85,7 @@ class LossInputs:
     prior_weight: torch.Tensor | float  # (B,), or one number
     prior_gate: torch.Tensor | None  # (B,), bool or float
     mask_gate: torch.Tensor | None  # (B,), bool
+    loss_delta: torch.Tensor | None  # (B,), in place of that of the config
     normalizer: tuple[Any, ...] | None  # one or two numbers or 0-d tensors
     process_group: ProcessGroup | None
 
@@ -103,6 +105,10 @@ class LossInputs:
     @property
     def positions(self) -> int:
         return self.pred.shape[2] * self.pred.shape[3] * self.pred.shape[4]
+
+    def delta(self, config: MaskedLossConfig, dtype: torch.dtype) -> torch.Tensor | float:
+        """`loss_delta` of each sample, (B, 1, 1, 1, 1), or that of the config for all."""
+        return config.loss_delta if self.loss_delta is None else self.loss_delta.to(dtype).view(-1, 1, 1, 1, 1)
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
@@ -248,6 +254,7 @@ def describe(
     prior_weight: Any = None,
     prior_gate: Any = None,
     mask_gate: Any = None,
+    loss_delta: Any = None,
     normalizer: Any = None,
     process_group: Any = None,
 ) -> LossInputs:
@@ -285,6 +292,8 @@ def describe(
             )
     if mask_gate is not None:
         mask_gate = per_sample_numbers("mask_gate", mask_gate, pred, batch, (torch.bool,))
+    if loss_delta is not None:
+        loss_delta = per_sample_numbers("loss_delta", loss_delta, pred, batch, FLOAT_DTYPES)
     return LossInputs(
         pred=canonical_pred,
         target=canonical_target,
@@ -296,6 +305,7 @@ def describe(
         prior_weight=_prior_weight(prior_weight, config, pred, batch, prior is not None),
         prior_gate=prior_gate,
         mask_gate=mask_gate,
+        loss_delta=loss_delta,
         normalizer=None if normalizer is None else _normalizer(normalizer, prior is not None, config, pred),
         process_group=_checked_group(process_group),
     )

@@ -82,6 +82,7 @@ def masked_loss(
     prior_weight: torch.Tensor | float | Sequence[float] | None = None,
     prior_gate: torch.Tensor | None = None,
     mask_gate: torch.Tensor | None = None,
+    loss_delta: torch.Tensor | None = None,
     normalizer: Normalizer | None = None,
     process_group: ProcessGroup | None = None,
     layout: Layout = "channels_first",
@@ -115,6 +116,7 @@ def masked_loss(
         prior_weight: replaces `config.prior_weight` for this call: a number, or (B,) with config.per_sample.
         prior_gate: (B,) bool or floating in [0, 1]; multiplies the prior's region of each sample.
         mask_gate: (B,) bool; a sample that is False has weight 1 everywhere and no prior.
+        loss_delta: (B,) or broadcastable per sample, > 0; replaces `config.loss_delta`, as for a schedule over timesteps.
         normalizer: replaces the denominator, for gradient accumulation: sum(w) over all elements of the window (a pair with
             sum(v) when there is a prior; `mask_weights` has both), the number of elements with normalization="mean", the number
             of samples with per_sample. The losses of the micro-batches then add up to the loss of the whole; where the trainer
@@ -149,6 +151,7 @@ def masked_loss(
         prior_weight=prior_weight,
         prior_gate=prior_gate,
         mask_gate=mask_gate,
+        loss_delta=loss_delta,
         normalizer=normalizer,
         process_group=process_group,
     )

@@ -52,6 +52,8 @@ def rejects(error, match, pred=PRED, target=None, mask=MASK, config=None, **call
         (ValueError, r"weighting must hold one number per sample, \(2,\).*got \(3,\)", dict(weighting=torch.ones(3))),
         (ValueError, r"weighting must hold one number per sample.*got \(2, 4\)", dict(weighting=torch.ones(2, 4))),
         (TypeError, r"weighting must be a torch.Tensor, got float", dict(weighting=2.0)),
+        (ValueError, r"loss_delta must hold one number per sample", dict(loss_delta=torch.ones(3))),
+        (TypeError, r"loss_delta must be a torch.Tensor, got float", dict(loss_delta=0.5)),
         (TypeError, r"mask_gate must be one of bool, got float32", dict(mask_gate=torch.ones(2))),
         (ValueError, r"mask_gate must hold one number per sample", dict(mask_gate=torch.ones(3, dtype=torch.bool))),
         (ValueError, r"prior_gate was given without prior", dict(prior_gate=torch.ones(2))),

@@ -149,6 +149,27 @@ def test_a_word_without_a_formula_is_an_error_in_every_backend(device, backend, 
         masked_loss(pred, torch.zeros_like(pred), mask, config, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_delta_for_each_sample_is_that_of_its_own_call(device, backend, loss_type):
+    pred, target, prior = (torch.randn(2, 3, 1, 4, 4, device=device) for _ in range(3))
+    config = MaskedLossConfig(loss_type=loss_type, per_sample=True)
+    deltas = torch.tensor([0.3, 1.5], dtype=torch.float64, device=device)
+    both = masked_loss(pred, target, None, config, prior=prior, loss_delta=deltas[:, None, None], backend=backend)
+    alone = [
+        masked_loss(
+            pred[b : b + 1],
+            target[b : b + 1],
+            None,
+            config.replace(loss_delta=float(delta)),
+            prior=prior[b : b + 1],
+            backend=backend,
+        )
+        for b, delta in enumerate(deltas)
+    ]
+    torch.testing.assert_close(both, sum(alone) / 2, rtol=1e-6, atol=0)
+
+
 def test_mean_one_is_the_weighted_mean():
     pred, target = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64), torch.randn(2, 16, 3, 8, 8, dtype=torch.float64)
     mask = torch.rand(2, 1, 64, 64)
@@ -294,10 +315,12 @@ def test_errors_inside_and_outside_are_means_weighted_by_the_raw_mask(device, ba
     pred, target, prior = (torch.randn(2, 3, 2, 4, 4) for _ in range(3))
     mask = torch.rand(2, 2, 4, 4).round(decimals=1)
     config = MaskedLossConfig(invert=True, gamma=2.0, min_weight=0.3, loss_type="huber", loss_delta=0.7)
-    given = {"prior": prior.to(device), "weighting": torch.tensor([2.0, 5.0]).to(device), "return_stats": True}
+    gate = torch.tensor([True, False])
+    given = {"prior": prior, "weighting": torch.tensor([2.0, 5.0]), "mask_gate": gate}
+    given = {"return_stats": True, **{name: value.to(device) for name, value in given.items()}}
     tensors = (pred.to(device), target.to(device), mask.to(device))
     _, stats = masked_loss(*tensors, config, backend=backend, **given)
-    m = (1 - mask).unsqueeze(1).expand_as(pred)
+    m = torch.where(gate.view(-1, 1, 1, 1), 1 - mask, 1).unsqueeze(1).expand_as(pred)
     for name, other in (("error", target), ("drift", prior)):
         error = torch.nn.functional.huber_loss(pred, other, delta=0.7, reduction="none")
         inside, outside = (float((w * error).sum() / w.sum()) for w in (m, 1 - m))

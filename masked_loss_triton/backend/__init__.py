@@ -19,7 +19,17 @@ from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
 # What only the reference differentiates in.
-_CONSTANTS = ("target", "latents", "prior", "mask", "weighting", "prior_weight", "prior_gate", "mask_gate")
+_CONSTANTS = (
+    "target",
+    "latents",
+    "prior",
+    "mask",
+    "weighting",
+    "prior_weight",
+    "prior_gate",
+    "mask_gate",
+    "loss_delta",
+)
 LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor, MaskedLossStats | None]]
 
 

@@ -35,6 +35,7 @@ class Operands(NamedTuple):
     prior: torch.Tensor | None
     a: torch.Tensor  # (B, 1, F, H, W) float32
     b: torch.Tensor | None  # like a, for the prior
+    delta: torch.Tensor | None  # (B, 1, 1, 1, 1) float32, or None: that of `Options`
     inside: torch.Tensor | None  # (B or 1, 1, F, H, W) float32: the raw mask, for the stats
 
 
@@ -73,7 +74,9 @@ def loss(
     kept = (raw, w, v) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
     inside = None if kept is None else stages.snap(kept[0]).unsqueeze(1)
-    operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, inside)
+    delta = inputs.delta(config, torch.float32)
+    deltas = delta if isinstance(delta, torch.Tensor) else None
+    operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, deltas, inside)
     options = Options(inputs.flow_sign, config.loss_type, config.loss_delta)
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
         total, *sums = ClosedFormLoss.apply(*distinct(operands), options)
@@ -106,8 +109,8 @@ class ClosedFormLoss(torch.autograd.Function):
     """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
 
     @staticmethod
-    def forward(ctx: Any, pred, target, latents, prior, a, b, inside, options):
-        operands = Operands(pred, target, latents, prior, a, b, inside)
+    def forward(ctx: Any, pred, target, latents, prior, a, b, delta, inside, options):
+        operands = Operands(pred, target, latents, prior, a, b, delta, inside)
         # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
         result = loss_and_gradient(operands, options, pred.dtype != torch.float16)
         gradient, sums = result.gradient, [*result.target, *result.prior]
@@ -123,20 +126,20 @@ class ClosedFormLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output, *_sums):
         refuse_second_derivative()
-        saved, pred, target, latents, prior, a, b = ctx.saved_tensors
+        saved, pred, target, latents, prior, a, b, delta = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if saved is not None:
             gradient = (saved * grad_output).to(saved.dtype)
         elif gradient is None:
             factors = grad_output * a, None if b is None else grad_output * b
-            scaled = Operands(pred, target, latents, prior, *factors, None)
+            scaled = Operands(pred, target, latents, prior, *factors, delta, None)
             gradient = loss_and_gradient(scaled, ctx.options, write_gradient=True).gradient
         elif gradient.dtype != torch.float32 and gradient.device.type != "cpu":
             # Off the CPU, `mul_` would round grad_output to the dtype of the gradient before it multiplies.
             gradient = (gradient.float() * grad_output).to(gradient.dtype)
         elif not _is_known_one(grad_output):
             gradient.mul_(grad_output)
-        return gradient, *([None] * 7)
+        return gradient, *([None] * 8)
 
 
 def _is_known_one(value: torch.Tensor) -> bool:
@@ -215,14 +218,15 @@ def _elements(
     operands: Operands, out: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(rho(pred - target), rho(pred - prior), gradient) of each element, in float32; `out`, if given, gets the gradient too."""
-    pred, target, latents, prior, a, b, _ = operands
+    pred, target, latents, prior, a, b, deltas, _ = operands
+    delta = options.loss_delta if deltas is None else deltas
     pred, target = pred.float(), target.float()
     if latents is not None:
         # Rounded to float32 once, as in the other backends.
         target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
-    error, slope = error_and_slope(pred - target, options.loss_type, options.loss_delta)
+    error, slope = error_and_slope(pred - target, options.loss_type, delta)
     if prior is None or b is None:
         return error, None, torch.mul(slope, a, out=out)
     gradient = slope.mul_(a)
-    prior_error, slope = error_and_slope(pred - prior.float(), options.loss_type, options.loss_delta)
+    prior_error, slope = error_and_slope(pred - prior.float(), options.loss_type, delta)
     return error, prior_error, torch.addcmul(gradient, slope, b, out=out)

@@ -10,32 +10,33 @@ from collections.abc import Callable
 import torch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Delta = torch.Tensor | float  # of all elements, or broadcastable
 
 
-def _mse(d: torch.Tensor, delta: float) -> Pair:
+def _mse(d: torch.Tensor, delta: Delta) -> Pair:
     return d * d, 2 * d
 
 
-def _l1(d: torch.Tensor, delta: float) -> Pair:
+def _l1(d: torch.Tensor, delta: Delta) -> Pair:
     return d.abs(), d.sign()
 
 
-def _huber(d: torch.Tensor, delta: float) -> Pair:
-    slope = d.clamp(-delta, delta)
+def _huber(d: torch.Tensor, delta: Delta) -> Pair:
+    slope = d.clamp(-delta, delta)  # type: ignore[arg-type]
     return slope * (d - 0.5 * slope), slope
 
 
-def _smooth_l1(d: torch.Tensor, delta: float) -> Pair:
+def _smooth_l1(d: torch.Tensor, delta: Delta) -> Pair:
     slope = (d / delta).clamp(-1, 1)
     return slope * (d - (0.5 * delta) * slope), slope
 
 
-def _pseudo_huber(d: torch.Tensor, delta: float) -> Pair:
+def _pseudo_huber(d: torch.Tensor, delta: Delta) -> Pair:
     root = ((d / delta) ** 2 + 1).sqrt()
     return d * d / (root + 1), d / root  # delta^2 (root - 1), without the cancellation for small d
 
 
-ERROR_AND_SLOPE: dict[str, Callable[[torch.Tensor, float], Pair]] = {
+ERROR_AND_SLOPE: dict[str, Callable[[torch.Tensor, Delta], Pair]] = {
     "mse": _mse,
     "l1": _l1,
     "huber": _huber,
@@ -44,7 +45,7 @@ ERROR_AND_SLOPE: dict[str, Callable[[torch.Tensor, float], Pair]] = {
 }
 
 
-def error_and_slope(difference: torch.Tensor, kind: str, delta: float) -> Pair:
+def error_and_slope(difference: torch.Tensor, kind: str, delta: Delta) -> Pair:
     """(rho(d), rho'(d)), each a new tensor of the shape and dtype of the difference.
 
     Raises:

@@ -137,7 +137,7 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 # Only tensors, numbers and text cross their border.
 
 OPERATORS = torch.ops.masked_loss_triton
-_TENSORS = ("pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate")
+_TENSORS = ("pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate", "loss_delta")
 _SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in _TENSORS)
 _SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight"
 _SIZE = len(_TENSORS) + 2  # tensors at the front of an operator's arguments

@@ -32,7 +32,7 @@ def loss(
     s, r = loss_factors(sums[0], sums[1], sums[2], inputs, config)
 
     def term(factor: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        error, _ = error_and_slope(pred - other, config.loss_type, config.loss_delta)
+        error, _ = error_and_slope(pred - other, config.loss_type, inputs.delta(config, dtype))
         return (factor.view(-1, 1, 1, 1, 1) * weight.unsqueeze(1) * error).sum(), error.detach().sum(dim=1)
 
     target_term, errors = term(s, w, target)

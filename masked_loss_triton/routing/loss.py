@@ -117,7 +117,7 @@ class RoutedWeights:
         mask = None if self.mask is None else canonical_mask(self.mask, (batch, frames, height, width))
         raw = stages.raw_mask(mask, (frames, height, width), self.config, self.target, torch.float32)
         config = MaskedLossConfig(loss_type=self.config.loss_type, loss_delta=self.config.loss_delta)
-        options = {name: value for name, value in call.items() if name in ("layout", "backend")}
+        options = {name: value for name, value in call.items() if name in ("layout", "backend", "loss_delta")}
         inside = stages.snap(raw)
         means = []
         for other in (target, prior):

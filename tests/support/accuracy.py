@@ -48,7 +48,9 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
     def magnitude(factor, weight, other):
         """(size of this term of the gradient, what the rounding of its weight may change it by), per element."""
         factor, weight = factor.abs().view(-1, 1, 1, 1, 1), weight.unsqueeze(1)
-        slope = error_and_slope(inputs.pred.detach() - other, config.loss_type, config.loss_delta)[1].abs()
+        slope = error_and_slope(inputs.pred.detach() - other, config.loss_type, inputs.delta(config, torch.float64))[
+            1
+        ].abs()
         exact = factor * weight * slope
         if not (config.invert or config.resample == "bicubic" or weight_is_difference(other)):
             return exact, torch.zeros_like(exact)

@@ -131,6 +131,7 @@ def calls(draw, dtypes=DTYPES, with_prior=None):
         if config.per_sample and draw(st.booleans()):
             call["prior_weight"] = torch.rand(batch, generator=generator)
     call["mask_gate"] = draw(st.sampled_from([None, None, torch.rand(batch, generator=generator) > 0.5]))
+    call["loss_delta"] = draw(st.sampled_from([None, None, 0.2 + torch.rand(batch, generator=generator)]))
     call["weighting"] = draw(st.sampled_from([None, torch.rand((batch, 1, 1, 1, 1), generator=generator)]))
     return pred, target, mask, config, call
 
