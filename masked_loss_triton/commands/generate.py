@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="look for things every N frames (24), follow in between",
     )
     clips.add_argument(
+        "--intervals",
+        nargs="+",
+        default=[],
+        metavar="START-END",
+        help="seconds (or M:SS) that count, to the end without END; all other frames are black",
+    )
+    clips.add_argument(
         "--clip_output", choices=("frames", "video"), default="frames", help="a folder of PNGs, or one lossless video"
     )
     _add_how(parser.add_argument_group("how"))
@@ -252,7 +259,7 @@ def _generation(args: argparse.Namespace) -> Generation:
 def _request(args: argparse.Namespace, backend: str) -> MaskRequest:
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.generate.backends import WORDLESS, split_backend
-    from masked_loss_triton.generate.prompts import MaskRequest, parse_prompts
+    from masked_loss_triton.generate.prompts import MaskRequest, parse_interval, parse_prompts
 
     texts, detector = args.text_prompt, split_backend(backend)[0]
     if detector in WORDLESS:
@@ -270,6 +277,7 @@ def _request(args: argparse.Namespace, backend: str) -> MaskRequest:
     return MaskRequest(
         prompts=prompts,
         exclude=exclude,
+        intervals=tuple(map(parse_interval, args.intervals)),
         reference_box=tuple(args.reference_box),
         **{field: getattr(args, field) for field in REQUEST},
     )

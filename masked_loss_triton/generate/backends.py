@@ -31,11 +31,18 @@ SEGMENTERS = {
 WHOLE = {
     "difference": "masked_loss_triton.generate.difference",
     "static": "masked_loss_triton.generate.static",
+    "whole": "masked_loss_triton.generate.whole",
 }
 ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
 DEFAULT = "auto"
 # Detectors that read no words, and what their one layer is called.
-WORDLESS = {"u2net": "what stands out", "box": "the box", "difference": "what differs", "static": "what changes"}
+WORDLESS = {
+    "u2net": "what stands out",
+    "box": "the box",
+    "difference": "what differs",
+    "static": "what changes",
+    "whole": "everything",
+}
 ON_THE_CPU = ("u2net", "box", "grabcut", *WHOLE)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded

@@ -294,9 +294,11 @@ class Worker:
 
         def masks() -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
             nonlocal detected
-            found_any = False
-            for result in self.engine.masks_of_clip(read_clip(job.source), job.source):
-                found_any |= result.found_any(self.engine.request)
+            found_any, fps, request = False, frame_rate(job.source), self.engine.request
+            for number, result in enumerate(self.engine.masks_of_clip(read_clip(job.source), job.source)):
+                if not request.counts_at(number / float(fps)):
+                    result = dataclasses.replace(result, mask=np.zeros_like(result.mask))
+                found_any |= result.found_any(request)
                 detected |= result.detected
                 means.append(float(result.mask.mean()) / 255)
                 yield result.mask, self._note_of(result)

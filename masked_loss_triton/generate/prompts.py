@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ NUMBERS = {
     "padding": (-MAX_PADDING, MAX_PADDING),
     "blur": (0, MAX_BLUR),
 }
+TIME = r"(?:\d+:)?\d+(?:\.\d*)?"
+INTERVAL = re.compile(rf"(?P<start>{TIME})-(?P<end>(?:{TIME})?)")
 WEIGHTED = re.compile(r"(?P<words>.*)=(?P<weight>[^=]*)", re.DOTALL)
 # The box of a detector that sees nothing: the whole picture but a margin, since what touches all edges is background.
 CENTRAL_BOX = (0.08, 0.08, 0.92, 0.92)
@@ -38,6 +41,26 @@ class Prompt:
 
     def __str__(self) -> str:
         return self.words if self.weight == 1 else f"{self.words}={self.weight:g}"
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Reads seconds of a clip: `"1.5-4"`, `"0:30-1:10"`, or `"6-"` to the end. The end is excluded.
+
+    Raises:
+        UserError: for anything else, or an end that is not after the beginning.
+    """
+    match = INTERVAL.fullmatch(text.strip())
+    start, end = (_seconds(match[name]) for name in ("start", "end")) if match else (1.0, 0.0)
+    if start >= end:
+        raise UserError(
+            f"--intervals {text!r}: write START-END in seconds or minutes:seconds, for example 1.5-4 or 0:30-", 2
+        )
+    return start, end
+
+
+def _seconds(text: str) -> float:
+    minutes, _, seconds = text.rpartition(":")
+    return float(seconds) + 60 * int(minutes or 0) if text else math.inf
 
 
 def parse_prompt(text: str) -> Prompt:
@@ -66,7 +89,7 @@ def parse_prompt(text: str) -> Prompt:
 class MaskRequest:
     """What is looked for in each picture, and how the instances that are found become one mask.
 
-    In this order: score and size, selection, union, padding, layers, exclusion, blur, inversion.
+    In this order: score and size, selection, union, padding, layers, exclusion, blur, inversion, intervals.
 
     Args:
         prompts: the layers; where they overlap the highest weight wins.
@@ -79,6 +102,7 @@ class MaskRequest:
         padding: grow each prompt's mask by so many pixels; negative shrinks it.
         blur: Gaussian; its standard deviation as a fraction, 0 to 0.05, of the picture's smaller side.
         invert: white where nothing was found.
+        intervals: start and end in seconds; frames of a clip outside of all of them are black. None given leaves all as they are.
 
     Raises:
         UserError: naming the flag, the value and what is accepted.
@@ -94,6 +118,7 @@ class MaskRequest:
     padding: int = 0
     blur: float = 0.0
     invert: bool = False
+    intervals: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         words = [*(prompt.words for prompt in self.prompts), *self.exclude]
@@ -120,6 +145,10 @@ class MaskRequest:
         """Everything that is to be found, the prompts first."""
         return (*(prompt.words for prompt in self.prompts), *self.exclude)
 
+    def counts_at(self, second: float) -> bool:
+        """Whether a frame at this time of its clip is in one of the intervals."""
+        return not self.intervals or any(start <= second < end for start, end in self.intervals)
+
     def note(self) -> dict[str, Any]:
         """The request by the names of its flags, for the note in each mask."""
         return {
@@ -127,6 +156,7 @@ class MaskRequest:
             "exclude_prompt": list(self.exclude),
             **{field: getattr(self, field) for field in ("select", *NUMBERS, "invert")},
             "reference_box": list(self.reference_box),
+            "intervals": [f"{start:g}-{'' if end == math.inf else f'{end:g}'}" for start, end in self.intervals],
         }
 
 

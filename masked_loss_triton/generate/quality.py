@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.generate.backends import Box
+from masked_loss_triton.generate.backends import WHOLE, Box
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import read_note
 from masked_loss_triton.masks.frames import read_frames, to_uint8
@@ -75,8 +75,11 @@ def clip_marks(masks: Iterable[np.ndarray]) -> list[str]:
 
 
 def marks_of_clip(mask: Path) -> list[str]:
-    """What is odd about the masks of a clip; a mask that somebody else made has no marks."""
-    return clip_marks(to_uint8(frame) > 127 for frame in read_frames(mask)) if read_note(mask) is not None else []
+    """What is odd about the masks of a clip. One that somebody else made, that is computed or has intervals has no marks."""
+    note = read_note(mask)
+    if note is None or note["backend"] in WHOLE or note.get("intervals"):
+        return []
+    return clip_marks(to_uint8(frame) > 127 for frame in read_frames(mask))
 
 
 def marks_of(job: Job) -> list[str]:

@@ -193,3 +193,17 @@ def test_too_few_pictures_tell_nothing():
     for _ in range(7):
         spread.add(np.zeros((8, 8, 3), np.uint8))
     assert spread.static() is None
+
+
+def test_only_the_given_seconds_of_a_clip_count(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_clip(tmp_path / "in" / "clip.mp4", [np.full((32, 32, 3), 100, np.uint8)] * 20, fps=4)
+    assert run(tmp_path, "--backend", "whole", "--intervals", "0.5-1.5", "0:04-") == 0
+    white = [frame.min() > 127 for frame in read_frames(tmp_path / "out" / "clip")]
+    assert [number for number, one in enumerate(white) if one] == [2, 3, 4, 5, 16, 17, 18, 19]
+    assert not any(
+        frame.any() for frame, one in zip(read_frames(tmp_path / "out" / "clip"), white, strict=True) if not one
+    )
+    for bad in ("4-1", "x", "-3", "1"):
+        assert run(tmp_path, "--backend", "whole", f"--intervals={bad}") == 2
+        assert "write START-END in seconds" in capsys.readouterr().err
