@@ -15,7 +15,7 @@ from typing import Any
 from masked_loss_triton.cache.families import FAMILIES, family_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions, take_from
-from masked_loss_triton.integration.musubi.trainer import masked_class
+from masked_loss_triton.integration.musubi.trainer import Masked, masked_class
 
 
 def network_functions(family: str | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -51,7 +51,8 @@ def _switch_on(name: str, options: MaskOptions | None = None) -> None:
     trainer, args = _caller()
     if options is None:
         options = take_from(dict(argument.split("=", 1) for argument in args.network_args or ()))
-    trainer.__class__ = masked_class(type(trainer))
+    if not isinstance(trainer, Masked):  # it is one where `masked-loss train` started it without --use_mask_loss
+        trainer.__class__ = masked_class(type(trainer))
     trainer.start_masks(options, args)
     # What the saved LoRA says it is: tools that load it know this name.
     args.network_module = f"networks.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from masked_loss_triton.cache.labels import parse_weights
 from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS, MaskedLossConfig
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.integration.musubi import aliases
 
 TEACHERS = ("base", "ema")
 SCHEDULES = ("constant", "linear", "cosine")
+PREFIXES = ("mask_", "prior_", "inverted_mask_")  # of options of ours
 NORMALIZE_ACROSS = ("rank", "world", "accumulation")
 
 
@@ -281,36 +284,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             shown = text if field.default is None else f"{text} (default: {field.default})"
             several: dict[str, Any] = {"nargs": "+", "metavar": "LABEL=WEIGHT"} if field.name == "mask_weights" else {}
             group.add_argument(name, type=kind, default=field.default, choices=choices, help=shown, **several)
+    aliases.add_arguments(parser)
     return parser
 
 
 def from_namespace(args: argparse.Namespace) -> MaskOptions:
-    """The options among a trainer's parsed arguments; what its parser did not know has the default."""
-    names = [field.name for field in dataclasses.fields(MaskOptions)]
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    """The options among a trainer's parsed arguments, also under the names of `aliases`; others have the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(MaskOptions)}
+    given = {name: getattr(args, name) for name in defaults if hasattr(args, name)}
     if isinstance(weights := given.get("mask_weights"), list):
         given["mask_weights"] = " ".join(map(str, weights))
-    return MaskOptions(**given)
+    return MaskOptions(**aliases.translated(given, vars(args), defaults))
 
 
 def take_from(arguments: dict[str, Any]) -> MaskOptions:
     """The options among `--network_args name=value`, as text; takes them out of `arguments`. Masks are on.
 
     Raises:
-        UserError: naming the argument whose text cannot be read.
+        UserError: naming the argument whose text cannot be read, or that looks like one of ours and is none.
     """
-    given: dict[str, Any] = {"use_mask_loss": True}
-    for field in dataclasses.fields(MaskOptions):
-        if field.name in arguments:
-            given[field.name] = _from_text(field, arguments.pop(field.name))
-    return MaskOptions(**given)
+    fields = {field.name: field for field in dataclasses.fields(MaskOptions)}
+    kinds = {name: field.metadata["kind"] for name, field in fields.items()}
+    kinds |= {name: alias.kind for name, alias in aliases.ALIASES.items()}
+    kinds |= {name: type(silent) for name, (silent, _) in aliases.IDLE.items()}
+    values = {name: _from_text(name, kind, arguments.pop(name)) for name, kind in kinds.items() if name in arguments}
+    for name in arguments:
+        if name.startswith(PREFIXES):
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f": did you mean {near[0]}?" if near else ": correct or drop it"
+            raise UserError(f"--network_args {name}={arguments[name]}: there is no such option{hint}", 2)
+    given = {"use_mask_loss": True, **{name: value for name, value in values.items() if name in fields}}
+    return MaskOptions(**aliases.translated(given, values, {name: field.default for name, field in fields.items()}))
 
 
-def _from_text(field: dataclasses.Field[Any], text: Any) -> Any:
-    kind = field.metadata["kind"]
+def _from_text(name: str, kind: type, text: Any) -> Any:
     truth: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
     try:
         return truth[str(text).lower()] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
         names = {bool: "true or false", int: "a whole number", float: "a number"}
-        raise UserError(f"--network_args {field.name}={text}: must be {names[kind]}", 2) from error
+        raise UserError(f"--network_args {name}={text}: must be {names[kind]}", 2) from error

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.integration.musubi import caches
-from masked_loss_triton.integration.musubi.options import MaskOptions, from_namespace
+from masked_loss_triton.integration.musubi import aliases, caches
+from masked_loss_triton.integration.musubi.options import PREFIXES, MaskOptions, from_namespace
 from masked_loss_triton.integration.musubi.routing import check_family
-from masked_loss_triton.integration.musubi.training import MaskedTraining
+from masked_loss_triton.integration.musubi.training import MaskedTraining, Step
 
 # Recorded from musubi-tuner 0.2.14 to 0.3.4 and blissful-tuner 0.12.66 and 0.13.66; a third argument may end in _arg.
 SEAMS = {
@@ -89,7 +89,7 @@ def masked_class(trainer: type) -> type:
     return type(f"Masked{trainer.__name__}", (mixin, trainer), {})
 
 
-class _Masked:
+class Masked:
     """What both generations share."""
 
     masked: MaskedTraining | None = None
@@ -102,7 +102,14 @@ class _Masked:
 
     def handle_model_specific_args(self, args: Any) -> None:
         super().handle_model_specific_args(args)  # type: ignore[misc]
-        self.start_masks(from_namespace(args), args)
+        options, module = from_namespace(args), str(getattr(args, "network_module", ""))
+        if options.use_mask_loss and module.startswith("masked_loss_triton."):
+            raise UserError(
+                f"masks are switched on twice, by --use_mask_loss and by --network_module {module}: name the trainer's own "
+                "network module, or leave out --use_mask_loss",
+                2,
+            )
+        self.start_masks(options, args)
 
     def start_masks(self, options: MaskOptions, args: Any) -> None:
         """Checks options and caches, says what will happen, and switches masks on.
@@ -111,7 +118,7 @@ class _Masked:
             UserError: before anything is loaded.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        notes = options.idle(world, getattr(args, "gradient_accumulation_steps", 1) or 1)
+        notes = options.idle(world, getattr(args, "gradient_accumulation_steps", 1) or 1) + aliases.idle(vars(args))
         if not options.use_mask_loss:
             _say(*notes, "masks are not used: --use_mask_loss is not given")
             return
@@ -121,8 +128,7 @@ class _Masked:
         factors = ", ".join(f"{label} {factor:.3g}" for label, factor in masked.factors.items())
         labels = [f"labels weigh, in units of the largest weight: {factors}"] if factors else []
         _say(*banner(options), *report.summary(), *labels, *notes, *_misspelled(args), *report.warnings(options))
-        # Later versions of blissful-tuner have a masked loss under the same flag: one of the two is enough.
-        args.use_mask_loss = False
+        aliases.switch_off(vars(args))
         self.masked = masked
 
     def resume_from_local_or_hf_if_specified(self, accelerator: Any, args: Any) -> Any:
@@ -165,11 +171,11 @@ class _Masked:
 
     def _trainer_module(self) -> Any:
         """The module of the trainer's base class, which holds its helpers."""
-        classes = (one for one in type(self).__mro__ if not issubclass(one, _Masked))
+        classes = (one for one in type(self).__mro__ if not issubclass(one, Masked))
         return sys.modules[next(one for one in classes if "generate_step_logs" in vars(one)).__module__]
 
 
-class _LossMethod(_Masked):
+class _LossMethod(Masked):
     """Trainers whose loss is a method."""
 
     def call_dit(self, *given: Any, **named: Any) -> Any:
@@ -198,14 +204,30 @@ class _LossMethod(_Masked):
         weighting = None
         if self.masked.family.weighting_scheme:
             weighting = self._weighting(args, timesteps, noise_scheduler, dit_dtype)
-        return self.masked.loss(output.pred, output.target, step, weighting), {}
+        loss = self.masked.loss(output.pred, output.target, step, weighting)
+        return self._with_own_terms(loss, step, args, output, (timesteps, noise_scheduler, dit_dtype, *rest), named)
+
+    def _with_own_terms(
+        self, loss: torch.Tensor, step: Step, args: Any, output: Any, rest: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss with what a family adds to it, and the family's own numbers for the log."""
+        assert self.masked is not None
+        if getattr(args, "log_loss_stats", False):  # Ideogram 4
+            with torch.no_grad():
+                return loss, super().compute_loss(args, output, *rest, **named)[1]  # type: ignore[misc]
+        if getattr(args, "dino_loss_weight", 0) > 0:  # HiDream-O1: a perceptual term of whole pictures
+            pred = self.masked.inside(output.pred, output.target, step)
+            global_step = named["global_step"] if "global_step" in named else rest[-1]
+            grid = output.extra["pixel_grid_hw"]
+            return self.apply_dino_loss(args, loss, pred, output.target, grid, global_step)  # type: ignore[attr-defined]
+        return loss, {}
 
     def extra_metadata(self, args: Any) -> dict[str, Any]:
         found = super().extra_metadata(args)  # type: ignore[misc]
         return {**found, **self.masked.options.metadata()} if self.masked is not None else found
 
 
-class _LossInline(_Masked):
+class _LossInline(Masked):
     """Trainers whose loss stands in the middle of their training loop."""
 
     _noise_scheduler: tuple[Any, Any] | None = None
@@ -259,9 +281,8 @@ def _prediction(output: Any) -> torch.Tensor:
 
 def _misspelled(args: Any) -> list[str]:
     """Returns a warning for each key of a --config_file that looks like one of our flags and is none: the trainer takes any key."""
-    known = {field.name for field in dataclasses.fields(MaskOptions)}
-    ours = ("mask_", "prior_", "inverted_mask_")
-    names = sorted(name for name in vars(args) if name.startswith(ours) and name not in known)
+    known = {field.name for field in dataclasses.fields(MaskOptions)} | aliases.ALIASES.keys() | aliases.IDLE.keys()
+    names = sorted(name for name in vars(args) if name.startswith(PREFIXES) and name not in known)
     return [f"{name} in the configuration file is no flag, and does nothing" for name in names]
 
 

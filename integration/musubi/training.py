@@ -17,7 +17,7 @@ from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.caches import CacheReport
 from masked_loss_triton.integration.musubi.label_masks import Shares, shares_of, weighted
-from masked_loss_triton.integration.musubi.layouts import grid_of, masked_loss_layout, on_grid
+from masked_loss_triton.integration.musubi.layouts import grid_of, masked_loss_layout, on_grid, times_watermark
 from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.proof import Proof
 from masked_loss_triton.integration.musubi.routing import Routing, models
@@ -155,9 +155,9 @@ class MaskedTraining:
         frames, height, width = mask.shape[2:]
         layout = "layered" if layered else masked_loss_layout(self.family.loss_axes)
         step = Step(mask, timesteps, (frames, height, width), labels=shares, layout=layout)
-        if not schedule.this_time("masked_loss", self.options.mask_probability, self._seed, self.step):
-            step.mask = None
-        else:
+        masked = schedule.this_time("masked_loss", self.options.mask_probability, self._seed, self.step)
+        step.mask = times_watermark(mask if masked else None, batch, step.positions, self.options.invert_mask)
+        if masked:
             self.masked += 1
             if self.options.prior_on:
                 self._plan_prior(step, args, timesteps)
@@ -169,6 +169,13 @@ class MaskedTraining:
         self.taught += step.needs_teacher
         self._stepped = accelerator.sync_gradients
         return step
+
+    def inside(self, pred: torch.Tensor, target: torch.Tensor, step: Step) -> torch.Tensor:
+        """Tokens (B, N, C) of the prediction where the mask has its full weight, of the target where it has none."""
+        if step.mask is None:
+            return pred
+        weights, _ = mask_weights(step.mask, self.config, shape=(step.mask.shape[0], *step.positions), has_prior=False)
+        return torch.lerp(target.to(pred.dtype), pred, weights.flatten(1).unsqueeze(-1).to(pred.dtype))
 
     def _start(self, args: Any, accelerator: Any, transformer: torch.nn.Module) -> None:
         if self._seed is None:

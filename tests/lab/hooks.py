@@ -115,11 +115,11 @@ def observe() -> None:
             self.seen["weight_error"] = float((step.mask.float().cpu() - torch.stack(files)).abs().max())
         return step
 
-    def loss_and_look(self, pred, target, step, weighting, wants_stats):
-        value = loss(self, pred, target, step, weighting, True)
-        terms = self._stats.to_dict()
+    def loss_and_look(self, pred, target, step, weighting):
+        value = loss(self, pred, target, step, weighting)
+        terms = self.proof._last[1].to_dict()
         self.seen["prior"] = terms["prior_term"] / terms["target_term"]
-        alone = loss(self, pred, target, dataclasses.replace(step, prior=None), weighting, False)
+        alone = loss(self, pred, target, dataclasses.replace(step, prior=None), weighting)
         axes = self.family.loss_axes
         gradient = on_grid(torch.autograd.grad(alone, pred, retain_graph=True)[0], axes, step.positions)
         mask = step.mask.transpose(1, 2) if axes == "FCHW" else step.mask.squeeze(2) if axes == "CHW" else step.mask

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from tests.lab.fixture import FAMILIES, ROOT
+from tests.lab.fixture import CORE, ROOT
 
 pytestmark = pytest.mark.slow
 HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks")
 BLOCKS = {"wan": "0-1", "hv": "1-3", "qwen": "0-0"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_keeping_all_tokens_learns_the_same_lora(laboratory, family):
     """Without hooks, and with all tokens going through them; half the tokens learn another one."""
     root = laboratory.cache(family, "masks")
@@ -29,7 +29,7 @@ def test_keeping_all_tokens_learns_the_same_lora(laboratory, family):
     assert half.metadata()["ss_mask_routing"] == "0.5"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_gradient_checkpointing_teaches_the_same(laboratory, family):
     root = laboratory.cache(family, "masks")
     flags = [*HALF, BLOCKS[family], "--inverted_mask_prior", "--mask_min_weight", "0.1"]
@@ -39,7 +39,7 @@ def test_gradient_checkpointing_teaches_the_same(laboratory, family):
     assert len(plain.losses) == 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_nothing_is_learned_outside_and_at_dropped_tokens(laboratory, family, tmp_path):
     seen = tmp_path / "seen.jsonl"
     root = laboratory.cache(family, "masks", tuple(f"img{i}" for i in range(6)))

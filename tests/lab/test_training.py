@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.lab.fixture import FAMILIES
+from tests.lab.fixture import CORE, FAMILIES
 from tests.lab.laboratory import network_module
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_a_white_mask_is_the_stock_run(laboratory, family):
     root = laboratory.cache(family, "masks_white")
     stock = laboratory.train(family, root, masks=False, steps=8)
@@ -27,7 +27,7 @@ def test_a_white_mask_is_the_stock_run(laboratory, family):
     assert "masks are on" in masked.output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("way", ["launcher", "network module"])
 def test_weights_are_the_trainers_resize_and_nothing_is_learned_outside(laboratory, family, way, tmp_path):
     root = laboratory.cache(family, "masks", tuple(f"img{i}" for i in range(6)))
@@ -47,7 +47,7 @@ def test_weights_are_the_trainers_resize_and_nothing_is_learned_outside(laborato
     assert run.metadata()["ss_use_mask_loss"] == "True"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_a_prior_of_weight_0_is_none(laboratory, family):
     root = laboratory.cache(family, "masks")
     without = laboratory.train(family, root, "--use_mask_loss")
@@ -59,7 +59,7 @@ def test_a_prior_of_weight_0_is_none(laboratory, family):
     assert "does nothing with --inverted_mask_prior_weight 0" in zero.output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_resumed_is_uninterrupted(laboratory, family):
     """Eight steps at once, and four twice. One picture: the trainer starts its epochs, and with them its order, anew."""
     root = laboratory.cache(family, "masks", ("img0",))
@@ -121,7 +121,7 @@ def relative_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tenso
         (["--inverted_mask_prior", "--prior_decay_schedule", "linear"], "add --normalize_per_sample"),
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_bad_flags_fail_before_anything_is_loaded(laboratory, family, flags, message):
     run = laboratory.train(family, laboratory.cache(family, "masks"), "--use_mask_loss", *flags)
     assert run.status == 2
@@ -132,7 +132,7 @@ def test_bad_flags_fail_before_anything_is_loaded(laboratory, family, flags, mes
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_caches_without_masks_fail_before_anything_is_loaded(laboratory, family):
     root = laboratory.cache(family, "")
     run = laboratory.train(family, root, "--use_mask_loss")
@@ -199,7 +199,7 @@ INLINE = {"blissful-tuner": ("BLISSFUL_REPO", ("blissful_on_cpu",)), "musubi-tun
 
 
 @pytest.mark.parametrize("trainer", INLINE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("way", ["launcher", "network module"])
 def test_trainers_whose_loss_is_no_method(laboratory, trainer, family, way):
     """A white mask is the stock run, and masks with a prior, huber and a weighting give the losses of the newer trainer."""

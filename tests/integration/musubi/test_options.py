@@ -137,6 +137,10 @@ def test_network_arguments_are_text():
     for text, message in (("mask_gamma=big", "must be a number"), ("invert_mask=ja", "must be true or false")):
         with pytest.raises(UserError, match=f"--network_args {text}: {message}"):
             options.take_from(dict([text.split("=")]))
+    with pytest.raises(
+        UserError, match=r"--network_args mask_gama=2: there is no such option: did you mean mask_gamma\?"
+    ):
+        options.take_from({"mask_gama": "2"})
 
 
 @pytest.mark.parametrize("module", ["musubi.lora", "musubi.lora_wan", "musubi.lora_hv", "musubi.lora_qwen"])
@@ -279,6 +283,58 @@ def test_the_trainers_own_masked_loss_is_switched_off(tmp_path):
         trainer.train(args)
         assert args.use_mask_loss is False
         assert trainer.masked is not None
+
+
+FORK = {
+    "mask_blur_radius": (5, "mask_blur_kernel_size", 5),
+    "prior_preservation_weight": (0.7, "inverted_mask_prior_weight", 0.7),
+    "prior_preservation_timestep_threshold": (300.0, "prior_timestep_threshold", 300.0),
+    "prior_teacher_mode": ("ema", "prior_teacher", "ema"),
+    "prior_teacher_ema_decay": (0.9, "prior_ema_decay", 0.9),
+    "prior_decay_warmup_ratio": (0.1, "prior_warmup_ratio", 0.1),
+}
+
+
+@pytest.mark.parametrize("way", ["flags", "configuration file", "network_args", "its own parser"])
+def test_the_names_of_another_fork_are_taken(way):
+    parser = argparse.ArgumentParser()
+    if way == "its own parser":
+        for name, (value, _, _) in FORK.items():
+            parser.add_argument(f"--{name}", type=type(value))
+    flags = [word for name, (value, _, _) in FORK.items() for word in (f"--{name}", str(value))]
+    args = options.add_arguments(parser).parse_args([] if way == "configuration file" else flags)
+    for name, (value, _, _) in FORK.items() if way == "configuration file" else ():
+        setattr(args, name, value)
+    if way == "network_args":
+        arguments = {name: str(value) for name, (value, _, _) in FORK.items()}
+        chosen = options.take_from(arguments)
+        assert not arguments
+    else:
+        chosen = options.from_namespace(args)
+    assert all(getattr(chosen, ours) == value for _, ours, value in FORK.values())
+    assert chosen.inverted_mask_prior
+    with pytest.raises(
+        UserError, match=r"--prior_teacher_mode ema is --prior_teacher, which is base|--mask_blur_radius 5"
+    ):
+        options.from_namespace(argparse.Namespace(mask_blur_radius=5, mask_blur_kernel_size=3))
+
+
+def test_what_the_fork_knows_and_we_do_not_need_is_said(tmp_path, capsys):
+    lab = caches(tmp_path, "wan", stems="ab")
+    trained("method", lab, "--use_mask_loss", max_train_steps=1, mask_loss_scale=1.0, prior_teacher_eval=False)
+    assert "mask_loss_scale" not in capsys.readouterr().out
+    trained("method", lab, "--use_mask_loss", max_train_steps=1, mask_loss_scale=2.0, prior_teacher_eval=True)
+    out = capsys.readouterr().out
+    assert "--mask_loss_scale does nothing: every weight times one number is divided out again" in out
+    assert "--prior_teacher_eval does nothing: the teacher runs in the model's own mode" in out
+    assert "is no flag" not in out
+
+
+def test_masks_are_not_switched_on_twice(tmp_path):
+    lab = caches(tmp_path, "wan", stems="ab")
+    module = "masked_loss_triton.integration.musubi.lora_wan"
+    with pytest.raises(UserError, match="masks are switched on twice, by --use_mask_loss and by --network_module"):
+        trained("method", lab, "--use_mask_loss", network_module=module)
 
 
 def test_the_command_line(capsys, tmp_path):
