@@ -20,7 +20,6 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import uvicorn
@@ -28,29 +27,21 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from masked_loss_triton.cache.inject import Prepared
 from masked_loss_triton.edit.clicks import Click, Selector
-from masked_loss_triton.edit.library import Changed, Entry, Library
+from masked_loss_triton.edit.guard import HEADERS, LARGEST_BODY, Guard, answer_json, bug, not_found, user_error
+from masked_loss_triton.edit.library import Entry, Library
 from masked_loss_triton.edit.survey import Survey
-from masked_loss_triton.edit.tasks import Busy, Task, carry, write_caches
+from masked_loss_triton.edit.tasks import Task, carry, write_caches
 from masked_loss_triton.edit.weights import flags_of, preview, read_config
 from masked_loss_triton.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
-HOSTS = ("127.0.0.1", "localhost", "[::1]")  # a tunnel's end may have another port
-LARGEST_BODY = 2**27  # bytes: the largest picture that is decoded, one byte a pixel
 THUMB = 192  # pixels
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,28 +57,6 @@ class Session:
     prepared: list[Prepared]
     token: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(16))
     task: Task = dataclasses.field(default_factory=Task)
-
-
-class Guard:
-    """Refuses what does not come from the page itself: another host, another origin, a body that is too large."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope)
-        host = request.headers.get("host", "")
-        refused: Response | None = None
-        if _host_name(host) not in HOSTS:
-            refused = _say(f"this page answers as {' or '.join(HOSTS)} only, not as {host[:100]!r}", 421)
-        elif _is_foreign(request, host):
-            refused = _say("requests of other pages are refused", 403)
-        elif request.method == "POST" and not _length(request) <= LARGEST_BODY:
-            refused = _say(f"a request holds at most {LARGEST_BODY} bytes, and says how many", 413)
-        await (refused or self.app)(scope, receive, send)
 
 
 def make_app(session: Session) -> Starlette:
@@ -112,7 +81,7 @@ def make_app(session: Session) -> Starlette:
     return Starlette(
         routes=[Mount(f"/{session.token}", routes=routes)],
         middleware=[Middleware(Guard)],
-        exception_handlers={404: _not_found, UserError: _user_error, Exception: _bug},
+        exception_handlers={404: not_found, UserError: user_error, Exception: bug},
     )
 
 
@@ -129,11 +98,11 @@ class Pages:
     def items(self, request: Request) -> Response:
         items = [{"name": entry.name, "clip": entry.is_clip} for entry in self.library.entries]
         can_cache = self.session.cache_words is not None
-        return _json({"items": items, "problems": self.session.problems, "can_cache": can_cache})
+        return answer_json({"items": items, "problems": self.session.problems, "can_cache": can_cache})
 
     def news(self, request: Request) -> Response:
         found = self.survey.since(_whole(request, "since", 0))
-        return _json({**found, "task": self.session.task.state()})
+        return answer_json({**found, "task": self.session.task.state()})
 
     def picture(self, request: Request) -> Response:
         entry, frame = self._entry(request), _whole(request, "frame", 0)
@@ -171,7 +140,7 @@ class Pages:
         version = None if request.query_params.get("over") else request.query_params.get("version")
         saved = await _in_thread(self.library.save, entry, pixels, version, frame)
         await _in_thread(self.survey.changed, self._number(request))
-        return _json({"version": saved})
+        return answer_json({"version": saved})
 
     async def preview(self, request: Request) -> Response:
         entry, frame, pixels = self._entry(request), _whole(request, "frame", 0), _pixels(request, await _body(request))
@@ -192,7 +161,7 @@ class Pages:
             "cut": found.cut,
             "flags": flags_of(config, prior),
         }
-        return _json(answer)
+        return answer_json(answer)
 
     async def select(self, request: Request) -> Response:
         entry, frame, pixels = self._entry(request), _whole(request, "frame", 0), _pixels(request, await _body(request))
@@ -213,11 +182,11 @@ class Pages:
         if not self.library.revert(entry):
             raise UserError(f"{entry.name} was not saved in this session: there is nothing to bring back")
         self.survey.changed(self._number(request))
-        return _json({})
+        return answer_json({})
 
     def review(self, request: Request) -> Response:
         self.survey.review(self._number(request), request.query_params.get("mark", ""))
-        return _json({})
+        return answer_json({})
 
     def carry(self, request: Request) -> Response:
         entry, number = self._entry(request), self._number(request)
@@ -227,13 +196,13 @@ class Pages:
             raise UserError(f"{entry.name} has frames 0 to {count - 1}: carry from one of them to another")
         work = carry(self.library, entry, self.session.selector, frame, last, lambda: self.survey.changed(number))
         self.session.task.start(f"carrying the mask of {entry.name}", abs(last - frame), work)
-        return _json({})
+        return answer_json({})
 
     def cache(self, request: Request) -> Response:
         if self.session.cache_words is None:
             raise UserError("there are no caches without --dataset_config")
         self.session.task.start("masked-loss cache", 0, write_caches(self.session.cache_words))
-        return _json({})
+        return answer_json({})
 
     def _number(self, request: Request) -> int:
         return request.path_params["number"]
@@ -329,41 +298,5 @@ def _object(text: str) -> dict[str, Any]:
     raise UserError("expected a JSON object")
 
 
-def _length(request: Request) -> float:
-    text = request.headers.get("content-length", "")
-    return int(text) if text.isdecimal() else float("inf")
-
-
-def _is_foreign(request: Request, host: str) -> bool:
-    """Whether a request comes from the page of another address, as far as the browser says so."""
-    origin = request.headers.get("origin")
-    site = request.headers.get("sec-fetch-site", "none")
-    return (origin is not None and urlsplit(origin).netloc != host) or site not in ("none", "same-origin")
-
-
-def _host_name(host: str) -> str:
-    return host if host.endswith("]") else host.rpartition(":")[0] or host
-
-
 def _base64(values: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
-def _json(content: Any) -> Response:
-    return JSONResponse(content, headers=HEADERS)
-
-
-def _say(text: str, status: int) -> Response:
-    return JSONResponse({"error": text}, status, headers=HEADERS)
-
-
-def _not_found(request: Request, error: Exception) -> Response:
-    return _say("not here: open the address that masked-loss edit printed", 404)
-
-
-def _user_error(request: Request, error: Exception) -> Response:
-    return _say(str(error), 409 if isinstance(error, (Changed, Busy)) else 422)
-
-
-def _bug(request: Request, error: Exception) -> Response:
-    return _say(f"{type(error).__name__}: {error}: please report this", 500)
