@@ -84,6 +84,12 @@ class MaskOptions:
         "whose weights share a denominator: one process, all processes, or also all accumulated micro-batches",
         NORMALIZE_ACROSS,
     )
+    mask_given_frames: str = _option(
+        "keep",
+        "frames that the model is given (the first of image-to-video, control frames): keep them in the loss, as the trainer does, "
+        "or ignore them",
+        ("keep", "ignore"),
+    )
     mask_routing: float = _option(
         1.0,
         "share of the tokens computed in the middle blocks, in (0, 1]: first what the mask trains; below 1 is faster",
@@ -155,6 +161,10 @@ class MaskOptions:
             raise UserError(
                 "--mask_cross_attention silences the text outside, where the teacher of --inverted_mask_prior hears it: drop one",
                 2,
+            )
+        if self.mask_routing < 1 and self.mask_given_frames == "ignore":
+            raise UserError(
+                "--mask_routing keeps tokens of all frames, --mask_given_frames ignore drops some: drop one", 2
             )
         if self.mask_routing < 1 and self.mask_area_scale_beta:
             raise UserError(

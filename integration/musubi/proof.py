@@ -63,8 +63,14 @@ class Proof:
             region = step.needs_teacher or step.keeps_region
             gate = step.prior_gate if region else None
             w, v = mask_weights(step.mask, self.config, shape=shape, has_prior=region, prior_gate=gate)
+        labels = step.labels
+        if step.frames is not None:  # the others do not count
+            raw, w, v = (_spread(x, step.frames, latents.shape[2]) for x in (raw, w, v))
+            labels = {
+                label: _spread(x.squeeze(1), step.frames, latents.shape[2])[:, None] for label, x in labels.items()
+            }
         try:
-            line = self._first.add(latents, raw, w, v if step.needs_teacher else None, step.labels, optimizer_step)
+            line = self._first.add(latents, raw, w, v if step.needs_teacher else None, labels, optimizer_step)
         except Exception as error:
             line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.say(f"the first items are not shown: {line}")
@@ -85,6 +91,11 @@ class Proof:
             assert self.watch is not None
             for line in self.watch.add(step.timesteps, stats):
                 self.say(line)
+
+    @property
+    def last_stats(self) -> MaskedLossStats | None:
+        """Of the last micro-batch."""
+        return None if self._last is None else self._last[1]
 
     def logs(self) -> dict[str, float]:
         """The numbers of the last micro-batch; what it does not have is left out. Waits for the device once."""
@@ -116,3 +127,10 @@ class Proof:
     def load(self, state: dict[str, Any] | None) -> None:
         """Goes on where a saved run stopped."""
         self._saved = state
+
+
+def _spread(values: torch.Tensor, frames: list[int], count: int) -> torch.Tensor:
+    """(B, F, H, W) at some of `count` frames, 0 at the others."""
+    whole = values.new_zeros((len(values), count, *values.shape[2:]))
+    whole[:, frames] = values
+    return whole

@@ -125,6 +125,8 @@ class Masked:
         check_family(options, self.architecture)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
         masked = MaskedTraining(options, report.family, report, _say)
+        if options.mask_given_frames == "ignore" and not getattr(self, "i2v_training", False):
+            notes.append("--mask_given_frames ignore does nothing: this training is given no frames")
         factors = ", ".join(f"{label} {factor:.3g}" for label, factor in masked.factors.items())
         labels = [f"labels weigh, in units of the largest weight: {factors}"] if factors else []
         _say(*banner(options), *report.summary(), *labels, *notes, *_misspelled(args), *report.warnings(options))
@@ -151,7 +153,8 @@ class Masked:
         """The step and the parent's own result; the teacher's prediction, where one is needed, came first."""
         args, accelerator, transformer, _, batch, _, _, timesteps = given[:8]
         assert self.masked is not None
-        step = self.masked.begin(args, accelerator, transformer, batch, timesteps)
+        image_to_video = bool(getattr(self, "i2v_training", False))
+        step = self.masked.begin(args, accelerator, transformer, batch, timesteps, image_to_video)
         if step.needs_teacher:
             assert self.masked.teacher is not None
             with self.masked.teacher.in_place(accelerator.device):

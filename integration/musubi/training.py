@@ -16,6 +16,7 @@ from masked_loss_triton.call import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.caches import CacheReport
+from masked_loss_triton.integration.musubi.given import at_frames, generated_frames
 from masked_loss_triton.integration.musubi.label_masks import Shares, shares_of, weighted
 from masked_loss_triton.integration.musubi.layouts import grid_of, masked_loss_layout, on_grid, times_watermark
 from masked_loss_triton.integration.musubi.options import MaskOptions
@@ -45,6 +46,7 @@ class Step:
         keeps_region: the prior does not apply to this step, and its region is no part of the target nevertheless.
         prior: the teacher's prediction, of the shape of pred.
         layout: of pred, see `masked_loss`.
+        frames: those of pred that count, which mask, positions and labels have alone; None where all do.
         routed: which tokens the student computes, and the weights that are left; None where it computes all.
     """
 
@@ -58,6 +60,7 @@ class Step:
     keeps_region: bool = False
     prior: torch.Tensor | None = None
     layout: str = "channels_first"
+    frames: list[int] | None = None
     routed: RoutedWeights | None = None
 
     @property
@@ -138,6 +141,7 @@ class MaskedTraining:
         transformer: torch.nn.Module,
         batch: dict[str, Any],
         timesteps: torch.Tensor,
+        image_to_video: bool = False,
     ) -> Step:
         """Before the forward pass of a micro-batch: what applies to it.
 
@@ -150,11 +154,15 @@ class MaskedTraining:
         dropped = layered and bool(getattr(args, "remove_first_image_from_target", False))
         mask = mask_of(batch, batch["latents"], dropped, self.family.latent_axes)
         shares = shares_of(batch, mask, dropped)
-        mask = weighted(mask, shares, self.factors)
+        whole = mask = weighted(mask, shares, self.factors)
+        kept = None
+        if self.options.mask_given_frames == "ignore":
+            kept = generated_frames(batch, self.family, image_to_video)
+            mask, shares = at_frames(mask, kept), {label: at_frames(share, kept) for label, share in shares.items()}
         assert self._seed is not None
         frames, height, width = mask.shape[2:]
         layout = "layered" if layered else masked_loss_layout(self.family.loss_axes)
-        step = Step(mask, timesteps, (frames, height, width), labels=shares, layout=layout)
+        step = Step(mask, timesteps, (frames, height, width), labels=shares, layout=layout, frames=kept)
         masked = schedule.this_time("masked_loss", self.options.mask_probability, self._seed, self.step)
         step.mask = times_watermark(mask if masked else None, batch, step.positions, self.options.invert_mask)
         if masked:
@@ -163,7 +171,8 @@ class MaskedTraining:
                 self._plan_prior(step, args, timesteps)
             self._plan_routing(step, args, accelerator)
         if self._gate is not None:
-            self._gate.plan(step.mask, self.config, step.positions, step.routed)
+            heard = step.mask if kept is None or step.mask is None else whole
+            self._gate.plan(heard, self.config, (whole.shape[2], height, width), step.routed)
         self.proof.show(batch["latents"], step, self.optimizer_step)
         self.step += 1
         self.taught += step.needs_teacher
@@ -252,11 +261,10 @@ class MaskedTraining:
             weighting: the trainer's factor per sample, or None.
         """
         assert self._window is not None
-        pred, target = (on_grid(one, self.family.loss_axes, step.positions) for one in (pred, target))
+        pred, target = (self._counted(one, step) for one in (pred, target))
         call: dict[str, Any] = {"layout": step.layout, "weighting": weighting, "return_stats": True}
         if step.prior is not None:
-            prior = on_grid(step.prior, self.family.loss_axes, step.positions)
-            call.update(prior=prior, prior_weight=step.prior_weight)
+            call.update(prior=self._counted(step.prior, step), prior_weight=step.prior_weight)
         elif step.keeps_region:
             call.update(prior=pred.detach(), prior_weight=0.0)
         left = None if step.routed is None else step.routed.target
@@ -269,6 +277,10 @@ class MaskedTraining:
         self.proof.note(step, stats, pred, target)
         self._last = step
         return loss
+
+    def _counted(self, tensor: torch.Tensor, step: Step) -> torch.Tensor:
+        """A prediction or target as `masked_loss` takes it, without the frames that do not count."""
+        return at_frames(on_grid(tensor, self.family.loss_axes, step.positions), step.frames, step.layout)
 
     def logs(self) -> dict[str, float]:
         """The numbers of the last micro-batch and the rates so far, for the trainer's trackers. Waits for the device."""

@@ -23,6 +23,8 @@ class Family:
         latent_axes: of a cached latent, in the order in which they lie: C channels, F frames, H and W cells.
         loss_axes: of what the loss compares, without the batch; N is all cells, row by row.
         sections: whether a clip's window is cached in sections, each a file of its own.
+        given_mask: first and last channel, as a slice, of image-to-video's `latents_image` that are 1 where a frame is given.
+        given_first: whether image-to-video is given its first frame, without such channels.
         weighting_scheme: whether the trainer's loss is multiplied by its --weighting_scheme.
     """
 
@@ -37,6 +39,8 @@ class Family:
     loss_axes: str = "CFHW"
     sections: bool = False
     weighting_scheme: bool = True
+    given_mask: tuple[int, int | None] | None = None
+    given_first: bool = False
 
 
 # Source: musubi-tuner 0.3.4, dataset/architectures.py, cache_io.py, image_video_dataset.py, bucket.py.
@@ -47,6 +51,7 @@ FAMILIES = {
         caching_script="cache_latents",
         training_script="hv_train_network",
         trainers=("HunyuanVideoNetworkTrainer", "NetworkTrainer"),
+        given_first=True,
         network="lora",
     ),
     "hv15": Family(
@@ -55,6 +60,7 @@ FAMILIES = {
         caching_script="hv_1_5_cache_latents",
         training_script="hv_1_5_train_network",
         trainers=("HunyuanVideo15NetworkTrainer",),
+        given_mask=(-1, None),
         network="lora_hv_1_5",
     ),
     "wan": Family(
@@ -63,6 +69,7 @@ FAMILIES = {
         caching_script="wan_cache_latents",
         training_script="wan_train_network",
         trainers=("WanNetworkTrainer",),
+        given_mask=(0, 4),
         network="lora_wan",
     ),
     "qwen": Family(

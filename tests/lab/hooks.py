@@ -97,18 +97,17 @@ def observe() -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None] / 255
         return torch.nn.functional.interpolate(pixels, size=shape[-2:], mode="area")[0, :, None].expand(shape)
 
-    def expected_loss(pred, target, step) -> float:
+    def expected_loss(pred, target, prior, mask) -> float:
         """The loss of a run with no options but a prior, from float64."""
-        mask = step.mask.double().transpose(1, 2) if step.layout == "layered" else step.mask.double()
 
         def mean(weight, other) -> float:
-            weight = weight.expand_as(pred)
+            weight = weight.double().expand_as(pred)
             return float((weight * (pred.double() - other.double()) ** 2).sum() / (weight.sum() + 1e-8))
 
-        return mean(mask, target) + (0.5 * mean(1 - mask, step.prior) if step.prior is not None else 0)
+        return mean(mask, target) + (0 if prior is None else 0.5 * mean(1 - mask.double(), prior))
 
-    def begin_and_keep(self, args, accelerator, transformer, batch, timesteps):
-        step = begin(self, args, accelerator, transformer, batch, timesteps)
+    def begin_and_keep(self, args, accelerator, transformer, batch, *rest):
+        step = begin(self, args, accelerator, transformer, batch, *rest)
         files = [expected(path, batch["bucket"], step.mask.shape[1:]) for path in batch["item_paths"]]
         self.seen = {}
         if None not in files:
@@ -116,10 +115,10 @@ def observe() -> None:
         return step
 
     def loss_and_look(self, pred, target, step, weighting):
-        value = loss(self, pred, target, step, weighting)
-        terms = self.proof._last[1].to_dict()
-        self.seen["prior"] = terms["prior_term"] / terms["target_term"]
         alone = loss(self, pred, target, dataclasses.replace(step, prior=None), weighting)
+        value = loss(self, pred, target, step, weighting)
+        terms = self.proof.last_stats.to_dict()
+        self.seen["prior"] = terms["prior_term"] / terms["target_term"]
         axes = self.family.loss_axes
         gradient = on_grid(torch.autograd.grad(alone, pred, retain_graph=True)[0], axes, step.positions)
         mask = step.mask.transpose(1, 2) if axes == "FCHW" else step.mask.squeeze(2) if axes == "CHW" else step.mask
@@ -132,7 +131,10 @@ def observe() -> None:
             inside=float(gradient[~outside].abs().max()),
             shapes=[list(pred.shape), list(step.mask.shape)],
             dtypes=[str(pred.dtype), str(target.dtype), str(step.mask.dtype)],
-            expected_loss=expected_loss(pred, target, step),
+            expected_loss=expected_loss(
+                *(one if one is None else on_grid(one, axes, step.positions) for one in (pred, target, step.prior)),
+                mask,
+            ),
         )
         with open(os.environ["LAB_OBSERVE"], "a") as file:
             file.write(json.dumps(self.seen) + "\n")

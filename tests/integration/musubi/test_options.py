@@ -46,6 +46,7 @@ BAD = [
     ("prior_warmup_ratio", -0.1, "must be in [0, 1]"),
     ("prior_probability", 0.0, "must be in (0, 1], got 0.0"),
     ("mask_normalize_across", "all", "must be one of rank, world, accumulation"),
+    ("mask_given_frames", "drop", "must be one of keep, ignore"),
     ("mask_routing", 0.0, "must be in (0, 1], got 0.0"),
     ("mask_routing_until", 1.5, "must be in (0, 1]"),
     ("mask_routing_background", 1.0, "must be in [0, 1)"),
