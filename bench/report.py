@@ -78,7 +78,10 @@ TABLES: dict[str, tuple[str, Sequence[str]]] = {
         "Forward and backward",
         ("case", "loss", "milliseconds", "best eager / this", "this / floor", "gb_per_s", "peak_n"),
     ),
-    "host": ("Host time of a call (microseconds)", ("case", "loss", "forward", "both", "ours", "lookup", "driver")),
+    "host": (
+        "Host time of a call (microseconds)",
+        ("case", "loss", "forward", "both", "over best recipe", "function calls"),
+    ),
     "ledger": (
         "Bytes, launches, synchronisations, memory (in units of pred)",
         ("name", "case", "bytes", "launches", "synchronisations", "peak", "executed"),

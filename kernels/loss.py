@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.operands import LossLaunch, Operand, Walk, mask_steps, offsets_of, walked
 from masked_loss_triton.kernels.stages import (
     Gates,
@@ -273,6 +274,7 @@ def launch_loss(
     weights: MaskWeights,
     gates: Gates,
     config: MaskedLossConfig,
+    launches: Launches,
     factors: torch.Tensor | None = None,
     *,
     grad_output: torch.Tensor | None = None,
@@ -283,6 +285,7 @@ def launch_loss(
 
     Args:
         weights: what `launch_weights` made of `gates` and the mask.
+        launches: takes down what is started.
         factors: (2, B) float32, instead of those that the sums in `weights` give.
         grad_output: 0-d; the gradient is multiplied by it before it is rounded to pred's dtype, and the loss is not written.
 
@@ -301,11 +304,9 @@ def launch_loss(
     loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
     out = Outputs(None, None, None)
     if grad_output is None:
-        terms = torch.empty(
-            (TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), dtype=torch.float32, device=device
-        )
+        terms = launches.empty((TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), device)
         out = Outputs(terms, loss, numbers if stats else None)
-    loss_kernel[plan.grid](
+    arguments = (
         *map(Operand.of, tensors, plan.strides),
         weights,
         gates,
@@ -314,6 +315,6 @@ def launch_loss(
         out,
         float(call.flow_sign),
         *plan.arguments,
-        **plan.options,
     )
+    launches.add(loss_kernel[plan.grid](*arguments, **plan.options), plan.grid, arguments)
     return loss, numbers, pred.new_empty(0) if gradient is None else gradient

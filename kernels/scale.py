@@ -11,6 +11,7 @@ import triton.language as tl
 
 from masked_loss_triton.backend.layout import ceil_div
 from masked_loss_triton.kernels.operands import warps
+from masked_loss_triton.kernels.launches import Launches
 
 
 @triton.jit
@@ -36,9 +37,8 @@ class ScaleLaunch:
     registers: ClassVar[int] = 40
 
 
-def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
+def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor, launches: Launches) -> None:
     """Multiplies the gradient by grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
     launch, count = ScaleLaunch(), gradient.numel()
-    scale_kernel[(ceil_div(count, launch.block),)](
-        gradient, grad_output, count, BLOCK=launch.block, num_warps=launch.num_warps
-    )
+    grid, arguments = (ceil_div(count, launch.block),), (gradient, grad_output, count, launch.block)
+    launches.add(scale_kernel[grid](*arguments, num_warps=launch.num_warps), grid, arguments)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.operands import warps
+from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.resampling import raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
@@ -316,7 +317,9 @@ def plan_weights(
     return WeightsPlan(launch, not on_grid or blurred, shape, before_blur, arguments)
 
 
-def launch_weights(call: LossInputs, gates: Gates, config: MaskedLossConfig, stats: bool = False) -> MaskWeights:
+def launch_weights(
+    call: LossInputs, gates: Gates, config: MaskedLossConfig, launches: Launches, stats: bool = False
+) -> MaskWeights:
     """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""
     mask, batch, device = call.mask, call.pred.shape[0], call.pred.device
     has_prior = call.prior is not None
@@ -324,18 +327,20 @@ def launch_weights(call: LossInputs, gates: Gates, config: MaskedLossConfig, sta
     tiles, num_warps = plan.launch.tiles, plan.launch.num_warps
     planes, shape = PLANES_WITH_STATS if stats else PLANES, (batch, *plan.shape)
     result = MaskWeights(
-        torch.empty((planes, batch, tiles), dtype=torch.float32, device=device),
-        torch.empty((), dtype=torch.int32, device=device),
-        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes else None,
-        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes and has_prior else None,
-        torch.empty(shape, dtype=torch.float32, device=device) if plan.writes and stats else None,
+        launches.empty((planes, batch, tiles), device),
+        launches.empty((), device, torch.int32),
+        launches.empty(shape, device) if plan.writes else None,
+        launches.empty(shape, device) if plan.writes and has_prior else None,
+        launches.empty(shape, device) if plan.writes and stats else None,
     )
     minus_most = None
     if mask is not None and plan.before_blur is not None:
-        raw = torch.empty((mask.shape[0], *plan.shape), dtype=torch.float32, device=device)
+        raw = launches.empty((mask.shape[0], *plan.shape), device)
         size = (ceil_div(math.prod(plan.shape), plan.launch.block), mask.shape[0])
-        minus_most = torch.empty((size[1], size[0]), dtype=torch.float32, device=device) if stats else None
-        resample_kernel[size](mask, raw, minus_most, *plan.before_blur, num_warps=num_warps)
+        minus_most = launches.empty((size[1], size[0]), device) if stats else None
+        arguments = (mask, raw, minus_most, *plan.before_blur)
+        launches.add(resample_kernel[size](*arguments, num_warps=num_warps), size, arguments)
         mask = raw
-    weights_kernel[(tiles, batch)](mask, minus_most, gates, result, *plan.arguments, num_warps=num_warps)
+    arguments = (mask, minus_most, gates, result, *plan.arguments)
+    launches.add(weights_kernel[tiles, batch](*arguments, num_warps=num_warps), (tiles, batch), arguments)
     return result

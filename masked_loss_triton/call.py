@@ -18,6 +18,8 @@ from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from masked_loss_triton.backend.replay import Recording
+
 Number = torch.Tensor | float
 Normalizer = Number | Sequence[Number]
 
@@ -88,6 +90,7 @@ class LossInputs:
     loss_delta: torch.Tensor | None  # (B,), in place of that of the config
     normalizer: tuple[Any, ...] | None  # one or two numbers or 0-d tensors
     process_group: ProcessGroup | None
+    recording: Recording | None = None  # where the launches of this call are kept for the next one of its form
 
     @property
     def batch(self) -> int:
@@ -257,6 +260,7 @@ def describe(
     loss_delta: Any = None,
     normalizer: Any = None,
     process_group: Any = None,
+    recording: Recording | None = None,
 ) -> LossInputs:
     """Validates one call of `masked_loss` and returns it in one form. See there for the arguments."""
     if layout not in LAYOUTS:
@@ -308,6 +312,7 @@ def describe(
         loss_delta=loss_delta,
         normalizer=None if normalizer is None else _normalizer(normalizer, prior is not None, config, pred),
         process_group=_checked_group(process_group),
+        recording=recording,
     )
 
 

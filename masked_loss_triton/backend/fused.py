@@ -15,8 +15,11 @@ import torch
 
 from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
-from masked_loss_triton.call import LossInputs
+from masked_loss_triton.backend.layout import as_given
+from masked_loss_triton.backend.replay import ALIGNMENT, TENSORS, Recording, Tensors
+from masked_loss_triton.call import FlowTarget, LossInputs, describe
 from masked_loss_triton.config import MaskedLossConfig
+from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.loss import launch_loss
 from masked_loss_triton.kernels.scale import launch_scale
 from masked_loss_triton.kernels.stages import Gates
@@ -44,7 +47,9 @@ def loss(
     elif grad:
         total, numbers = FusedLoss.apply(inputs.pred, inputs, factors, config, return_stats)
     else:
-        total, numbers, _ = run(inputs, factors, config, stats=return_stats, write_gradient=False)
+        total, numbers, _ = run(
+            inputs, factors, config, stats=return_stats, write_gradient=False, recording=inputs.recording
+        )
     return total, MaskedLossStats(*numbers.unbind()) if return_stats else None
 
 
@@ -61,11 +66,12 @@ class FusedLoss(torch.autograd.Function):
         stats: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         write = _writes_gradient(pred)
-        total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write)
+        recording = inputs.recording if write else None
+        total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write, recording=recording)
         # No saved tensor: the backward scales it in place and gives it away, once.
         ctx.gradient = gradient if write else None
         *tensors, ctx.flow_sign, ctx.prior_weight = _flat(inputs, factors)
-        ctx.config = config
+        ctx.config, ctx.recording = config, recording
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
@@ -80,9 +86,80 @@ class FusedLoss(torch.autograd.Function):
             inputs, factors = _call(*tensors, ctx.flow_sign, ctx.prior_weight)
             gradient = run(inputs, factors, ctx.config, grad_output=grad_output)[2]
         else:
-            with _on_device(gradient):
-                launch_scale(gradient, grad_output)
+            _scale(gradient, grad_output, ctx.recording)
         return gradient, None, None, None, None
+
+
+def repeated(
+    recording: Recording, tensors: Tensors, config: MaskedLossConfig, flow_sign: int, return_stats: bool
+) -> tuple[torch.Tensor, MaskedLossStats | None] | None:
+    """The loss of a call whose form was recorded, as `loss` gives it; None where it must take the whole way all the same.
+
+    Args:
+        tensors: those of `TENSORS`, as they were given to `masked_loss`.
+    """
+    stream = recording.stream()
+    if stream is None or recording.forward is None:
+        return None
+    pred = tensors[0]
+    assert pred is not None
+    numbers = torch.empty(STATS, dtype=torch.float32, device=pred.device) if return_stats else None
+    if recording.gradient_strides is None:
+        total = torch.empty((), dtype=torch.float32, device=pred.device)
+        recording.forward((*tensors, total, numbers, None), pred.device, stream)
+    else:
+        total = RepeatedLoss.apply(pred, (tensors, numbers, recording, stream, config, flow_sign))
+    return total, None if numbers is None else MaskedLossStats(*numbers.unbind())
+
+
+class RepeatedLoss(torch.autograd.Function):
+    """`FusedLoss` for a call whose form was recorded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: torch.Tensor,
+        call: tuple[Tensors, torch.Tensor | None, Recording, int, MaskedLossConfig, int],
+    ) -> torch.Tensor:
+        tensors, numbers, recording, stream, ctx.config, ctx.flow_sign = call
+        device = pred.device
+        assert recording.forward is not None
+        assert recording.gradient_strides is not None
+        total = torch.empty((), dtype=torch.float32, device=device)
+        gradient = torch.empty_strided(pred.shape, recording.gradient_strides, dtype=pred.dtype, device=device)
+        recording.forward((*tensors, total, numbers, gradient), device, stream)
+        ctx.gradient, ctx.recording = gradient, recording
+        ctx.save_for_backward(*tensors)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative()
+        tensors = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            recording = ctx.recording
+            target = tensors[1] if tensors[2] is None else FlowTarget(tensors[1], tensors[2], ctx.flow_sign)
+            more = dict(zip(TENSORS[3:], tensors[3:], strict=True))
+            inputs = describe(tensors[0], target, config=ctx.config, layout=recording.layout, **more)
+            gradient = run(inputs, None, ctx.config, grad_output=grad_output)[2]
+            gradient = as_given(gradient, recording.layout, recording.dim)
+        else:
+            _scale(gradient, grad_output, ctx.recording)
+        return gradient, None
+
+
+def _scale(gradient: torch.Tensor, grad_output: torch.Tensor, recording: Recording | None) -> None:
+    """Multiplies the gradient by grad_output in place, by the launch of a call before where there is one."""
+    again = None if recording is None or grad_output.data_ptr() % ALIGNMENT else recording.backward
+    stream = None if recording is None or again is None else recording.stream()
+    if again is not None and stream is not None:
+        return again((gradient, grad_output), gradient.device, stream)
+    launches = Launches()
+    with _on_device(gradient):
+        launch_scale(gradient, grad_output, launches)
+        if recording is not None and recording.backward is None:
+            recording.keep_backward(launches, gradient, grad_output)
 
 
 def run(
@@ -93,27 +170,32 @@ def run(
     stats: bool = False,
     grad_output: torch.Tensor | None = None,
     write_gradient: bool = True,
+    recording: Recording | None = None,
 ) -> Outputs:
-    """The weights, then the loss; see `launch_loss` for the arguments."""
-    gates = Gates.of(inputs)
+    """The weights, then the loss; see `launch_loss` for the arguments. `recording` keeps the launches, if it has none yet."""
+    gates, launches = Gates.of(inputs), Launches()
     with _on_device(inputs.pred):
-        weights = launch_weights(inputs, gates, config, stats)
-        return launch_loss(
+        weights = launch_weights(inputs, gates, config, launches, stats)
+        outputs = launch_loss(
             inputs,
             weights,
             gates,
             config,
+            launches,
             factors,
             grad_output=grad_output,
             write_gradient=write_gradient,
             stats=stats,
         )
+        if recording is not None and recording.forward is None:
+            recording.keep_forward(launches, inputs, outputs, repeated)
+    return outputs
 
 
 def _sums(inputs: LossInputs, config: MaskedLossConfig) -> torch.Tensor:
     """(3, B): the sums of w, v and the raw mask over the positions of each sample."""
     with _on_device(inputs.pred):
-        return launch_weights(inputs, Gates.of(inputs), config).partials_ptr.sum(dim=2)
+        return launch_weights(inputs, Gates.of(inputs), config, Launches()).partials_ptr.sum(dim=2)
 
 
 def _writes_gradient(pred: torch.Tensor) -> bool:
@@ -137,15 +219,14 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 # Only tensors, numbers and text cross their border.
 
 OPERATORS = torch.ops.masked_loss_triton
-_TENSORS = ("pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate", "loss_delta")
-_SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in _TENSORS)
+_SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in TENSORS)
 _SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight"
-_SIZE = len(_TENSORS) + 2  # tensors at the front of an operator's arguments
+_SIZE = len(TENSORS) + 2  # tensors at the front of an operator's arguments
 
 
 def _flat(inputs: LossInputs, factors: torch.Tensor | None) -> tuple[Any, ...]:
     """What an operator takes of a call: all tensors, then the numbers."""
-    tensors = [getattr(inputs, name) for name in _TENSORS]
+    tensors = [getattr(inputs, name) for name in TENSORS]
     if isinstance(inputs.prior_weight, torch.Tensor):
         return *tensors, inputs.prior_weight, factors, inputs.flow_sign, 0.0
     return *tensors, None, factors, inputs.flow_sign, inputs.prior_weight
@@ -154,7 +235,7 @@ def _flat(inputs: LossInputs, factors: torch.Tensor | None) -> tuple[Any, ...]:
 def _call(*flat: Any) -> tuple[LossInputs, torch.Tensor | None]:
     """The inverse of `_flat`."""
     *tensors, prior_weights, factors, flow_sign, number = flat
-    named = dict(zip(_TENSORS, tensors, strict=True))
+    named = dict(zip(TENSORS, tensors, strict=True))
     prior_weight = number if prior_weights is None else prior_weights
     numbers = dict(flow_sign=flow_sign, prior_weight=prior_weight, normalizer=None, process_group=None)
     return LossInputs(**named, **numbers), factors

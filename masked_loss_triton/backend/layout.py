@@ -34,6 +34,13 @@ class Layout(NamedTuple):
         return 1 + sum((size - 1) * abs(step) for size, step in zip(self.shape[1:], self.strides[1:], strict=True))
 
 
+def as_given(value: torch.Tensor, layout: str, dim: int) -> torch.Tensor:
+    """The view of a (B, C, F, H, W) tensor that has the axes of a pred of `dim` axes as it was given in `layout`."""
+    if layout == "layered":
+        return value.transpose(1, 2)
+    return value.squeeze(2) if dim == 4 else value
+
+
 def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """The step between neighbouring positions if the last three axes (F, H, W) are one run in memory, else None."""
     stride, run = None, 1

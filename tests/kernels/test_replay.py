@@ -1,0 +1,201 @@
+"""A form of call that was seen before is launched again with other addresses: the same bits, the same errors, fewer steps."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
+from masked_loss_triton.backend import replay
+from tests.support import replayed
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the handles are those of interpreted kernels")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    replay._recording.cache_clear()
+    yield replayed.patch(monkeypatch)
+    replay._recording.cache_clear()
+
+
+def draw(shape=(2, 4, 3, 4, 6), dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+def arguments(**call):
+    """New tensors of one form: (pred, target, mask, keywords)."""
+    call = {name: value() if callable(value) else value for name, value in call.items()}
+    shape, dtype = call.pop("shape", (2, 4, 3, 4, 6)), call.pop("dtype", torch.float32)
+    pred, target, mask = draw(shape, dtype), call.pop("target", None), call.pop("mask", None)
+    target = draw(shape, dtype) if target is None else target
+    mask = torch.rand(shape[0], *shape[2:]) if mask is None else mask
+    return pred, target, mask, call
+
+
+def result(pred, target, mask, call, upstream=3.0):
+    """Everything that a call gives: loss, stats, gradient."""
+    leaf = pred.detach().requires_grad_(call.get("grad", True))
+    call = {name: value for name, value in call.items() if name != "grad"}
+    found = masked_loss(leaf, target, mask, backend="triton", **call)
+    loss, stats = found if call.get("return_stats") else (found, ())
+    gradient = torch.autograd.grad(loss * upstream, leaf) if leaf.requires_grad else ()
+    return [loss.detach(), *stats, *gradient]
+
+
+FORMS = {
+    "plain": {},
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "a prior": dict(prior=draw),
+    "a flow target": dict(target=lambda: FlowTarget(draw(), draw(), -1)),
+    "stats": dict(return_stats=True, prior=draw),
+    "gates and weighting": dict(
+        prior=draw,
+        prior_gate=lambda: torch.rand(2),
+        mask_gate=lambda: torch.rand(2) > 0.3,
+        weighting=lambda: torch.rand(2),
+        loss_delta=lambda: torch.rand(2) + 0.1,
+        config=MaskedLossConfig(loss_type="huber"),
+    ),
+    "a mask of another size": dict(mask=lambda: torch.rand(2, 1, 8, 9)),
+    "a blurred mask": dict(mask=lambda: torch.rand(2, 3, 8, 12), config=MaskedLossConfig(blur_kernel_size=3)),
+    "images": dict(shape=(2, 4, 5, 6), mask=lambda: torch.rand(2, 5, 6)),
+    "layers": dict(shape=(2, 3, 4, 5, 6), layout="layered", mask=lambda: torch.rand(2, 3, 5, 6)),
+    "no gradient": dict(grad=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_second_call_of_a_form_gives_the_bits_of_the_whole_way(launched, form):
+    """Tensors differ between the two, and lie elsewhere; memory that a kernel did not write is NaN."""
+    first = arguments(**FORMS[form])
+    result(*first)
+    assert not launched
+    second = arguments(**FORMS[form])
+    again = result(*second)
+    assert launched.count("loss_kernel") == 1
+    assert launched.count("scale_kernel") == (FORMS[form].get("grad", True))
+    replay._recording.cache_clear()
+    whole = result(*second)
+    assert len(again) == len(whole)
+    for got, want in zip(again, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert got.stride() == want.stride()
+
+
+CHANGES = {
+    "another size": dict(shape=(2, 4, 3, 4, 7)),
+    "another dtype": dict(dtype=torch.bfloat16),
+    "another config": dict(config=MaskedLossConfig(gamma=0.7)),
+    "a prior": dict(prior=draw),
+    "one mask for the batch": dict(mask=lambda: torch.rand(1, 3, 4, 6)),
+    "a mask that is bytes": dict(mask=lambda: torch.randint(0, 255, (2, 3, 4, 6), dtype=torch.uint8)),
+    "a mask with other strides": dict(mask=lambda: torch.rand(2, 3, 6, 4).transpose(2, 3)),
+    "a target off its alignment": dict(target=lambda: torch.randn(1 + 2 * 4 * 3 * 4 * 6)[1:].view(2, 4, 3, 4, 6)),
+    "no gradient": dict(grad=False),
+    "stats": dict(return_stats=True),
+    "a prior weight": dict(prior=draw, prior_weight=0.25),
+    "a normalizer": dict(normalizer=7.0),
+    "weighting that is copied": dict(weighting=lambda: torch.rand(4)[::2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_of_another_form_takes_the_whole_way(launched, change):
+    result(*arguments())
+    other = arguments(**CHANGES[change])
+    found = result(*other)
+    assert launched in ([], ["scale_kernel"])
+    replay._recording.cache_clear()
+    for got, want in zip(found, result(*other), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_two_arguments_that_are_one_tensor_are_not_recorded(launched):
+    """Nobody could say which of the two a launch takes."""
+    pred, target, mask, _ = arguments()
+    masked_loss(pred, target, mask, prior=target, backend="triton")
+    prior = draw()
+    loss = masked_loss(pred, target, mask, prior=prior, backend="triton")
+    torch.testing.assert_close(
+        loss, masked_loss(pred, target, mask, prior=prior, backend="reference"), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("way", ["hook", "device"])
+def test_launches_that_somebody_watches_or_of_another_device_take_the_whole_way(launched, monkeypatch, way):
+    import triton
+
+    call = arguments()
+    result(*call)
+    if way == "hook":
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    else:
+        monkeypatch.setattr(replayed.Driver, "get_current_device", lambda self: 1)
+    result(*call)
+    assert launched == []
+
+
+class TestBackward:
+    """Of the second call of a form, as of the first (tests/test_gradient.py)."""
+
+    @pytest.fixture
+    def call(self, launched):
+        result(*arguments())
+        pred, target, mask, _ = arguments()
+        pred.requires_grad_()
+        return pred, target, mask, masked_loss(pred, target, mask, backend="triton")
+
+    def test_twice_with_retain_graph(self, call):
+        pred, target, mask, loss = call
+        want = torch.autograd.grad(masked_loss(pred, target, mask, backend="reference"), pred)[0]
+        for _ in range(3):
+            (got,) = torch.autograd.grad(loss * 2, pred, retain_graph=True)
+            torch.testing.assert_close(got, 2 * want)
+
+    def test_an_input_that_was_changed_is_refused(self, call):
+        _pred, target, _mask, loss = call
+        target += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_a_second_time_without_retain_graph_is_refused(self, call):
+        _pred, _target, _mask, loss = call
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+    def test_differentiating_twice_is_refused(self, call):
+        pred, _target, _mask, loss = call
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss, pred, create_graph=True)
+
+    def test_a_grad_output_off_its_alignment_takes_the_whole_way(self, call, launched):
+        pred, target, mask, loss = call
+        launched.clear()
+        grad_output = torch.full((2,), 2.0)[1]
+        (got,) = torch.autograd.grad(loss, pred, grad_output)  # 4 bytes behind the start of its memory
+        assert launched == []
+        (want,) = torch.autograd.grad(masked_loss(pred, target, mask, backend="reference"), pred)
+        torch.testing.assert_close(got, 2 * want)
+
+
+def test_a_wrong_argument_is_told_after_a_right_one_of_nearly_the_same_form(launched):
+    pred, target, mask, _ = arguments()
+    pred.requires_grad_()
+    for _ in range(2):
+        masked_loss(pred, target, mask, backend="triton")
+    with pytest.raises(ValueError, match="target requires grad"):
+        masked_loss(pred, target.clone().requires_grad_(), mask, backend="triton")
+    with pytest.raises(ValueError, match="divide it by 255"):
+        masked_loss(pred, target, torch.full((2, 3, 4, 5), 200.0), backend="triton")
+    with pytest.raises(ValueError, match="layout must be"):
+        masked_loss(pred, target, mask, backend="triton", layout=["channels_first"])
+
+
+def test_forms_are_forgotten_before_they_fill_the_memory():
+    replay._recording.cache_clear()
+    for size in range(1, 400):
+        replay.recording_of((torch.empty(1, 1, size),), "channels_first")
+    assert replay._recording.cache_info().currsize == 256
+    replay._recording.cache_clear()
