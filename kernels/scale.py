@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import ceil_div
-from masked_loss_triton.kernels.operands import warps
 from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.operands import warps
 
 
 @triton.jit

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
-from masked_loss_triton.kernels.operands import warps
 from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.operands import warps
 from masked_loss_triton.kernels.resampling import raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
