@@ -74,6 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_arguments(parser)
 
 
+def _label(text: str) -> str:
+    from masked_loss_triton.cache.labels import parse_labels
+
+    try:
+        (label,) = parse_labels([text])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return label
+
+
 def _add_what(what: Any) -> None:
     from masked_loss_triton.generate.prompts import CENTRAL_BOX, SELECTIONS
 
@@ -83,6 +93,12 @@ def _add_what(what: Any) -> None:
         default=[],
         metavar="WORDS[=WEIGHT]",
         help="each is a layer with its grey value, white without a weight; where layers overlap the highest wins",
+    )
+    what.add_argument(
+        "--label",
+        metavar="LABEL",
+        type=_label,
+        help="the masks are those of a label: NAME.LABEL.png, which `masked-loss cache --mask_labels` reads",
     )
     what.add_argument(
         "--exclude_prompt", nargs="+", default=[], metavar="WORDS", help="black, whatever the prompts say"
@@ -194,8 +210,8 @@ def _find(args: argparse.Namespace, shard: Shard) -> Jobs:
 
     clip_suffix = ".mkv" if args.clip_output == "video" else ""
     folders = Path(args.input_dir), Path(args.output_dir)
-    found = find_jobs(*folders, clip_suffix, shard)
-    whole = found if found.jobs or found.problems else find_jobs(*folders, clip_suffix)
+    found = find_jobs(*folders, clip_suffix, shard, args.label or "")
+    whole = found if found.jobs or found.problems else find_jobs(*folders, clip_suffix, label=args.label or "")
     if not whole.jobs and not whole.problems:
         skipped = f" ({unread_text(found.unread)})" if found.unread else ""
         raise UserError(f"--input_dir {args.input_dir} has no pictures or clips in it{skipped}", 2)

@@ -46,7 +46,7 @@ class Jobs:
     unread: Counter[str]
 
 
-def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: Shard = WHOLE) -> Jobs:
+def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: Shard = WHOLE, label: str = "") -> Jobs:
     """Every picture and clip below a folder; sub-folders are mirrored.
 
     Masks are found by stem, so two pictures, or two clips, of one stem in one folder are a problem.
@@ -56,6 +56,7 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: S
         output_dir: the folder of the masks; it need not exist.
         clip_suffix: ".mkv" for a video as the mask of a clip, "" for a folder of PNGs.
         shard: only this part. Pictures and clips of one stem in one folder are in the same.
+        label: of the masks, which are then called NAME.LABEL; "" for plain masks.
 
     Raises:
         UserError: when the folder does not exist, or is the one that masks go to.
@@ -78,11 +79,11 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: S
         elif kind in UNREAD_EXTENSIONS:
             found.unread[kind] += 1
     for folder, sources in by_folder.items():
-        _add_jobs(found, sources, output_dir / folder.relative_to(input_dir), clip_suffix)
+        _add_jobs(found, sources, output_dir / folder.relative_to(input_dir), clip_suffix, f".{label}" if label else "")
     return found
 
 
-def _add_jobs(found: Jobs, sources: list[Path], target_folder: Path, clip_suffix: str) -> None:
+def _add_jobs(found: Jobs, sources: list[Path], target_folder: Path, clip_suffix: str, label: str) -> None:
     """The jobs of one folder."""
     masks = _masks_by_stem(target_folder)
     pictures: dict[str, Path] = {}
@@ -94,18 +95,19 @@ def _add_jobs(found: Jobs, sources: list[Path], target_folder: Path, clip_suffix
             found.problems.append(f"{source} has the same stem as {first.name}: rename one of them")
     # In the order of the sources, the clips among the pictures.
     for source in sources:
+        name = source.stem + label
         if clips.get(source.stem) is source and source.with_suffix("").is_dir():
             text = f"{source}: its frames and the masks of the folder {source.stem} would mix: rename one of them"
             found.problems.append(text)
         elif clips.get(source.stem) is source:
             # A still is the mask of a picture of that stem, where there is one.
-            mine = [path for path in masks.get(source.stem, ()) if source.stem not in pictures or not _is_still(path)]
-            target = target_folder / (source.stem + clip_suffix)
+            mine = [path for path in masks.get(name, ()) if source.stem not in pictures or not _is_still(path)]
+            target = target_folder / (name + clip_suffix)
             found.jobs.append(Job(source, target, True, tuple(filter(is_mask, mine))))
         elif pictures.get(source.stem) is source:
             # Not with_suffix: a stem may have a point in it.
-            mine = [path for path in masks.get(source.stem, ()) if _is_still(path)]
-            target = target_folder / f"{source.stem}.png"
+            mine = [path for path in masks.get(name, ()) if _is_still(path)]
+            target = target_folder / f"{name}.png"
             found.jobs.append(Job(source, target, False, tuple(filter(is_mask, mine))))
 
 

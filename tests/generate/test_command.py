@@ -52,6 +52,20 @@ def test_every_format_gets_a_lossless_png_beside_its_sub_folder(folder, extensio
     assert iou(np.array(image) > 0, mask) > 0.9
 
 
+def test_masks_of_a_label_stand_beside_the_plain_ones(folder, capsys):
+    save(folder / "in" / "a.png")
+    write_clip(folder / "in" / "c.mp4", [subject(0)[0]] * 3)
+    assert generate(folder) == generate(folder, "--label", "face") == 0
+    stems = {name.split("/")[0].removesuffix(".png") for name in contents(folder / "out")}
+    assert stems == {"a", "a.face", "c", "c.face"}
+    capsys.readouterr()
+    assert generate(folder, "--label", "face") == 0
+    assert "2 already there" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        generate(folder, "--label", "fa/ce")
+    assert "a label is made of letters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_lies_on_the_stored_pixels_and_turns_with_the_picture(folder, orientation):
     upright, _ = subject(3)

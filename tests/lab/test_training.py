@@ -191,7 +191,8 @@ def test_numbers_and_a_picture_reach_the_trainers_own_log(laboratory, tmp_path):
     pictures = log.Images("mask/first_items")
     assert [picture.step for picture in pictures] == [0, 2]
     (file,) = tmp_path.rglob("lora_first_items.png")
-    assert (pictures[-1].width, pictures[-1].height) == Image.open(file).size
+    with Image.open(file) as image:
+        assert (pictures[-1].width, pictures[-1].height) == image.size
     assert "not found in the caches" not in run.output
 
 
