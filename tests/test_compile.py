@@ -115,7 +115,7 @@ def test_tensors_without_storage_give_shapes(backend):
 def test_operators_keep_their_promises(device):
     """Schema, fake implementation and aliasing, as torch checks them."""
     pred, target, prior, mask = inputs(device)
-    none = [None] * 5
+    none = [None] * 6
     text = MaskedLossConfig().to_text()
     tests = ("test_schema", "test_faketensor")
     operators = torch.ops.masked_loss_triton
