@@ -16,10 +16,10 @@ from masked_loss_triton.cache.dataset import Dataset, load_datasets
 from masked_loss_triton.cache.families import FAMILIES, Family, family_of
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX
 from masked_loss_triton.cache.items import LATENT_KEY, cells_of, find_caches
-from masked_loss_triton.cache.labels import UNLABELLED, complete_weights, labels_in, labels_key
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi.options import MaskOptions
+from masked_loss_triton.masks.labels import UNLABELLED, complete_weights, labels_in, labels_key
 
 SAMPLE = 4  # numbers that are looked at in each of eight places of an item's latents
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
-from masked_loss_triton.cache.labels import UNLABELLED, label_of
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.labels import UNLABELLED, label_of
 
 Shares = dict[str, torch.Tensor]  # (B, 1, F, H, W) of each label
 

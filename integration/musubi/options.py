@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from masked_loss_triton.cache.labels import parse_weights
 from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS, MaskedLossConfig
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import aliases
+from masked_loss_triton.masks.labels import parse_weights
 
 TEACHERS = ("base", "ema")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -28,7 +28,6 @@ from masked_loss_triton.cache.items import (
     cells_of,
     latent_shape,
 )
-from masked_loss_triton.cache.labels import label_of, labels_in
 from masked_loss_triton.cache.pictures import drawable, name_of, pictures_of, shrink
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.config import MaskedLossConfig
@@ -36,6 +35,7 @@ from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.contact_sheet import Card, draw, save_sheet
 from masked_loss_triton.masks.frames import clip_frame_count, clip_size
 from masked_loss_triton.masks.geometry import resize_to_bucket
+from masked_loss_triton.masks.labels import label_of, labels_in
 from masked_loss_triton.masks.reading import open_image
 from masked_loss_triton.masks.sources import align_to_picture, read_still
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from masked_loss_triton.cache.labels import parse_labels
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.labels import parse_labels
 from masked_loss_triton.masks.operations import MaskOperations
 
 # Our keys: allowed in [general], in each [[datasets]] and, with two dashes, on the command line.

@@ -30,11 +30,11 @@ from masked_loss_triton.cache.items import (
     latent_shape,
     unread_files,
 )
-from masked_loss_triton.cache.labels import LABELS_METADATA, label_of, labels_in, labels_key
 from masked_loss_triton.cache.safetensors_file import NUMPY_NAMES, TensorFile, read_header, rewrite
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.files.shard import Shard
+from masked_loss_triton.masks.labels import LABELS_METADATA, label_of, labels_in, labels_key
 from masked_loss_triton.masks.sources import MaskDirectory
 
 WEIGHTS_PREFIX = "mask_weights_"

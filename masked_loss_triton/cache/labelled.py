@@ -19,10 +19,10 @@ from masked_loss_triton.cache.clip_masks import grouped, is_still, kept_masks
 from masked_loss_triton.cache.dataset import Dataset
 from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.items import CacheItem, LatentShape
-from masked_loss_triton.cache.labels import UNLABELLED, split, within_one
 from masked_loss_triton.cache.safetensors_file import TensorFile
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
+from masked_loss_triton.masks.labels import UNLABELLED, split, within_one
 from masked_loss_triton.masks.sources import Candidate, read_still
 
 Masks = Sequence[np.ndarray | None]  # of each label, then the plain one

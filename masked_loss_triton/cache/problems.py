@@ -19,13 +19,13 @@ from masked_loss_triton.cache.clip_masks import section_span
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
 from masked_loss_triton.cache.kinds import Problem, problem
-from masked_loss_triton.cache.labels import label_of
 from masked_loss_triton.cache.safetensors_file import TensorFile, read_header
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.atomic import check_replaceable
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.files.shard import WHOLE, Shard
 from masked_loss_triton.masks.geometry import frames_per_latent
+from masked_loss_triton.masks.labels import label_of
 from masked_loss_triton.masks.operations import MaskOperations
 from masked_loss_triton.masks.reading import open_image
 

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _label(text: str) -> str:
-    from masked_loss_triton.cache.labels import parse_labels
+    from masked_loss_triton.masks.labels import parse_labels
 
     try:
         (label,) = parse_labels([text])

@@ -16,19 +16,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", metavar="EXTENSION", help="copy caption files of this extension, for example .txt"
     )
+    parser.add_argument(
+        "--mask_weights",
+        nargs="+",
+        metavar="LABEL=WEIGHT",
+        help="make the alpha channel of labels, NAME.LABEL.png, with these weights over the largest; where they overlap the "
+        "first wins, and what only a plain mask covers is 'unlabelled', of weight 1",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite what is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.atomic import remove_leftovers_below
     from masked_loss_triton.files.folders import check_folder_is_writable
     from masked_loss_triton.files.locks import folder_lock
     from masked_loss_triton.files.progress import Progress, printable
+    from masked_loss_triton.masks.labels import parse_weights
     from masked_loss_triton.masks.reading import unread_text
     from masked_loss_triton.masks.to_alpha import Conversion, convert_folder, find_pictures
 
+    try:
+        weights = parse_weights(" ".join(args.mask_weights or ()))
+    except ValueError as error:
+        raise UserError(f"--mask_weights {error}", 2) from error
     conversion = Conversion(
         images=Path(args.images),
         masks=Path(args.masks),
@@ -36,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         captions=args.captions,
         force=args.force,
+        weights=weights,
     )
     files, converted, unread = find_pictures(conversion)
     for folder in conversion.written_folders:

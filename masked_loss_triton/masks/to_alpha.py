@@ -23,6 +23,7 @@ from masked_loss_triton.files.folders import walk_files
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, to_uint8
+from masked_loss_triton.masks.labels import UNLABELLED, complete_weights, split
 from masked_loss_triton.masks.reading import UNREAD_EXTENSIONS, has_16_bits, open_image, read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture
 
@@ -40,6 +41,7 @@ class Conversion:
         split: RGBA pictures to pictures and masks.
         captions: the extension of caption files that are copied, as ".txt"; None copies none.
         force: replace what is already there.
+        weights: of labels, whose masks are NAME.LABEL.png and make one alpha channel; the first wins where they overlap.
 
     Raises:
         UserError: for folders that do not exist, are not three, or cannot be written, and for a bad extension.
@@ -51,6 +53,7 @@ class Conversion:
     split: bool = False
     captions: str | None = None
     force: bool = False
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.images.is_dir():
@@ -59,6 +62,10 @@ class Conversion:
             raise UserError("--images, --masks and --out must be three folders", 2)
         if not self.split and not self.masks.is_dir():
             raise UserError(f"--masks {self.masks} is not a folder", 2)
+        if self.split and self.weights:
+            raise UserError(
+                "--mask_weights makes one alpha channel of labels, which --split cannot take apart: drop one", 2
+            )
         if self.captions is not None and (not self.captions.strip(".") or set(self.captions) & set("/\\\0")):
             raise UserError(f"--captions {self.captions!r} is not an extension: write for example .txt", 2)
 
@@ -124,6 +131,12 @@ def convert_folder(conversion: Conversion, files: list[Path] | None = None) -> I
         masks = conversion.masks / folder.relative_to(conversion.images)
         if not conversion.split and masks.is_dir():
             directories[folder] = MaskDirectory(masks)
+    for label in conversion.weights:
+        stems = (stem for directory in directories.values() for stem in directory.stills)
+        if label != UNLABELLED and not any(stem.endswith(f".{label}") for stem in stems):
+            raise UserError(
+                f"--mask_weights: no mask of a label {label!r} in {conversion.masks}, as NAME.{label}.png", 2
+            )
     yield from run_parallel(lambda file: _convert(file, conversion, directories), files, default_workers())
 
 
@@ -139,21 +152,41 @@ def _convert(file: Path, conversion: Conversion, directories: dict[Path, MaskDir
 
 def _join(file: Path, conversion: Conversion, directory: MaskDirectory | None) -> bool:
     """Returns whether anything was written."""
-    mask_path = directory.find(file.stem, video=False) if directory else None
+    labels = [label for label in conversion.weights if label != UNLABELLED]
+    names = [*(f"{file.stem}.{label}" for label in labels), file.stem]
+    paths = [directory.find(name, video=False) if directory else None for name in names]
     place = file.parent.relative_to(conversion.images)
-    if mask_path is None:
+    if not any(paths):
         raise UserError(f"{file} has no mask in {conversion.masks / place}: add {file.stem}.png")
     target = conversion.out / place / f"{file.stem}.png"
-    made_of = {"picture": _digest(file), "mask": _digest(mask_path)}
+    digests = {label: _digest(path) for label, path in zip([*labels, "mask"], paths, strict=True) if path}
+    made_of = {"picture": _digest(file), **digests}
+    if labels:
+        made_of["weights"] = " ".join(f"{label}={weight:g}" for label, weight in conversion.weights.items())
     due = _is_due(target, made_of, conversion)
     caption = _caption(file, conversion, target.parent)
     if due:
         picture = _read_8_bits(file)
-        mask = to_uint8(read_mask_file(mask_path, exif=False))
         size = (picture.rgb.shape[1], picture.rgb.shape[0])
-        alpha = align_to_picture(mask, size, mask_path, file)
+        masks = [
+            align_to_picture(to_uint8(read_mask_file(path, exif=False)), size, path, file) if path else None
+            for path in paths
+        ]
+        alpha = _weighted(masks, [*labels, UNLABELLED], conversion.weights)
         _save(target, np.dstack([picture.rgb, alpha]), made_of, file, conversion.may_replace)
     return _copy(caption, conversion.may_replace) or due
+
+
+def _weighted(masks: list[np.ndarray | None], labels: list[str], weights: dict[str, float]) -> np.ndarray:
+    """One (H, W) uint8 mask of those of labels; a plain mask alone is itself."""
+    if len(masks) == 1 and masks[0] is not None:
+        return masks[0]
+    present = [(mask, label) for mask, label in zip(masks, labels, strict=True) if mask is not None]
+    factors = complete_weights(weights, {**weights, UNLABELLED: 1.0})  # the same scale for every picture
+    total = np.zeros(present[0][0].shape, np.float32)
+    for part, (_, label) in zip(split([mask for mask, _ in present]), present, strict=True):
+        total += part * np.float32(factors[label])
+    return np.rint(total).astype(np.uint8)
 
 
 def _split(file: Path, conversion: Conversion, _: object) -> bool:

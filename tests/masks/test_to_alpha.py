@@ -59,6 +59,27 @@ def test_there_and_back(folders, tmp_path):
             assert np.array_equal(np.asarray(alpha), mask[stem])
 
 
+def test_labels_become_one_alpha_channel(folders, capsys):
+    images, masks, out = folders
+    make(images / "a.png", 0)
+    face, body = np.zeros((30, 40), np.uint8), np.zeros((30, 40), np.uint8)
+    face[5:15, 5:15], body[5:25, 5:30] = 255, 255
+    Image.fromarray(face).save(masks / "a.face.png")
+    Image.fromarray(body).save(masks / "a.body.png")
+    weights = ["--mask_weights", "face=2", "body=0.5"]
+    assert run(images, masks, out, *weights) == 0
+    expected = np.where(face, 255, np.where(body, 64, 0))
+    with Image.open(out / "a.png") as picture:
+        assert np.array_equal(np.array(picture)[..., 3], expected)
+    capsys.readouterr()
+    assert run(images, masks, out, *weights) == 0
+    assert "1 already there" in capsys.readouterr().out
+    assert run(images, masks, out, "--mask_weights", "face=2", "body=1") == 1  # another picture is there
+    assert run(images, masks, out, "--mask_weights", "fce=2") == 2
+    assert "no mask of a label 'fce'" in capsys.readouterr().err
+    assert run(images, masks, out, "--split", *weights) == 2
+
+
 def test_nothing_is_overwritten_unasked(folders, capsys):
     images, masks, out = folders
     make(images / "a.png", 0)
