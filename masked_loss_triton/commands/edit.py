@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from masked_loss_triton.cache.inject import Prepared
     from masked_loss_triton.edit.library import Entry
 
+    # The pictures and clips, the same with the masks of each label, the folder of the masks, problems, and the datasets.
+    Found = tuple[list[Entry], dict[str, list[Entry]], Path, list[str], list[Prepared]]
+
 HELP = "Look at masks in the browser, see the weights that the loss will use, and mend them."
 EXAMPLE = (
     "masked-loss edit --images photos --masks masks\n"
@@ -57,50 +60,57 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give --images and --masks, or --dataset_config", 2)
     if args.images and not args.masks:
         raise UserError("--images needs --masks, the folder that masks are in or go to", 2)
-    entries, folder, problems, prepared = _of_folders(args) if args.images else _of_dataset(args)
+    entries, labels, folder, problems, prepared = _of_folders(args) if args.images else _of_dataset(args)
     if not entries:
         raise UserError("nothing to edit: no pictures and no clips were found")
-    assert folder is not None  # no entries without one
-    library = Library(entries)
+    library = Library(entries, labels)
     selector = Selector(args.sam2_model, args.saliency_model, args.device)
     session = Session(library, Survey(library, folder), selector, _cache_words(args), problems, prepared)
     return serve(session, args.port, browser=not args.no_browser)
 
 
-def _of_folders(args: argparse.Namespace) -> tuple[list[Entry], Path, list[str], list[Prepared]]:
+def _of_folders(args: argparse.Namespace) -> Found:
     from pathlib import Path
 
     from masked_loss_triton.cache.families import FAMILIES
+    from masked_loss_triton.cache.labels import parse_labels
     from masked_loss_triton.edit.library import entries_of_folders
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.folders import check_folder_is_writable
 
     if len(args.resolution) > 2:
         raise UserError(f"--resolution is one number or two, got {len(args.resolution)}", 2)
-    images, masks = Path(args.images), Path(args.masks)
+    images, masks, family = Path(args.images), Path(args.masks), FAMILIES[args.arch or "wan"]
+    size = args.resolution[0], args.resolution[-1]
     check_folder_is_writable(masks, "--masks")
-    entries, problems = entries_of_folders(
-        images, masks, (args.resolution[0], args.resolution[-1]), FAMILIES[args.arch or "wan"]
-    )
-    return entries, masks, problems, []
+    entries, problems = entries_of_folders(images, masks, size, family)
+    try:
+        names = parse_labels(args.mask_labels or ())
+    except ValueError as error:
+        raise UserError(f"--mask_labels: {error}", 2) from error
+    labels = {name: entries_of_folders(images, masks, size, family, name)[0] for name in names}
+    return entries, labels, masks, problems, []
 
 
-def _of_dataset(args: argparse.Namespace) -> tuple[list[Entry], Path | None, list[str], list[Prepared]]:
+def _of_dataset(args: argparse.Namespace) -> Found:
     from masked_loss_triton.cache.families import FAMILIES
     from masked_loss_triton.cache.inject import prepare
     from masked_loss_triton.cache.items import choose_family
     from masked_loss_triton.commands.arguments import datasets_from
-    from masked_loss_triton.edit.library import entries_of_dataset
+    from masked_loss_triton.edit.library import entries_of_dataset, mask_folder
     from masked_loss_triton.files.folders import check_folder_is_writable
 
     if args.masks:
         args.mask_directory = args.masks
     datasets = datasets_from(args)
-    prepared = [prepare(dataset, FAMILIES[choose_family(datasets, args.arch)]) for dataset in datasets]
+    family = FAMILIES[choose_family(datasets, args.arch)]
+    prepared = [prepare(dataset, family) for dataset in datasets]
+    for dataset in datasets:
+        check_folder_is_writable(mask_folder(dataset), "--mask_directory")
+    names = dict.fromkeys(name for dataset in datasets for name in dataset.mask_labels)
+    labels = {name: [entry for one in prepared for entry in entries_of_dataset(one, name)] for name in names}
     entries = [entry for one in prepared for entry in entries_of_dataset(one)]
-    for folder in {entry.target.parent for entry in entries}:
-        check_folder_is_writable(folder, "--mask_directory")
-    return entries, datasets[0].mask_directory, [], prepared
+    return entries, labels, mask_folder(datasets[0]), [], prepared
 
 
 def _cache_words(args: argparse.Namespace) -> list[str] | None:
@@ -117,5 +127,5 @@ def _cache_words(args: argparse.Namespace) -> list[str] | None:
         if isinstance(value, bool):
             words.append(f"--{key}" if value else f"--no-{key}")
         elif value is not None:
-            words += [f"--{key}", str(value)]
+            words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words

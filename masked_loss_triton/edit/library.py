@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,7 +82,7 @@ class Entry:
 
 
 def entries_of_folders(
-    images: Path, masks: Path, resolution: tuple[int, int], family: Family
+    images: Path, masks: Path, resolution: tuple[int, int], family: Family, label: str = ""
 ) -> tuple[list[Entry], list[str]]:
     """Lists the pictures and clips below a folder, and a line for each file that cannot have a mask of its own.
 
@@ -91,8 +91,9 @@ def entries_of_folders(
         masks: their masks.
         resolution: width and height of the training, pixels.
         family: the model family, which decides the sides of buckets.
+        label: of the masks, which are then called NAME.LABEL; "" for plain masks.
     """
-    found = find_jobs(images, masks)
+    found = find_jobs(images, masks, label=label)
     datasets = [plain_dataset(images, masks, resolution, video) for video in (False, True)]
     entries = []
     for job in found.jobs:
@@ -101,23 +102,33 @@ def entries_of_folders(
     return entries, found.problems
 
 
-def entries_of_dataset(prepared: Prepared) -> list[Entry]:
-    """Lists the pictures and clips of a dataset that has a folder of masks.
+def mask_folder(dataset: Dataset) -> Path:
+    """Returns the folder that the masks of a dataset are in or go to.
+
+    Raises:
+        UserError: for a dataset without one: there is nowhere to save to.
+    """
+    if dataset.mask_directory is None:
+        raise UserError(f"{dataset.name} has no mask_directory: give --masks, or the key in the dataset file", 2)
+    return dataset.mask_directory
+
+
+def entries_of_dataset(prepared: Prepared, label: str = "") -> list[Entry]:
+    """Lists the pictures and clips of a dataset that has a folder of masks; with a label, with the masks of that label.
 
     Raises:
         UserError: for a dataset without such a folder: there is nowhere to save to.
     """
-    dataset, folder = prepared.dataset, prepared.dataset.mask_directory
-    if folder is None:
-        raise UserError(f"{dataset.name} has no mask_directory: give --masks, or the key in the dataset file", 2)
+    dataset, folder = prepared.dataset, mask_folder(prepared.dataset)
     entries = []
     for source in prepared.sources.values():
-        picture = source.targets[0]
-        found = source.mask or (prepared.masks.find(source.stem, dataset.is_video) if prepared.masks else None)
-        target = folder / (source.stem if dataset.is_video else f"{source.stem}.png")
+        picture, name = source.targets[0], f"{source.stem}.{label}" if label else source.stem
+        own = None if label else source.mask
+        found = own or (prepared.masks.find(name, dataset.is_video) if prepared.masks else None)
+        target = folder / (name if dataset.is_video else f"{name}.png")
         # A mask that a line of a JSON lines file names is written where it stands.
-        if source.mask is not None and source.mask.suffix.lower() == ".png":
-            target = source.mask
+        if own is not None and own.suffix.lower() == ".png":
+            target = own
         masks = (found,) if found is not None else ()
         entries.append(
             Entry(picture.name, picture, target, masks, dataset.is_video, dataset, prepared.family, prepared)
@@ -137,15 +148,35 @@ class Library:
     """Reads pictures and masks and saves masks. Safe to call from several threads.
 
     Args:
-        entries: the pictures and clips.
+        entries: the pictures and clips with their plain masks.
+        labels: the same ones with the masks of each label.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = list(entries)
+    def __init__(self, entries: Sequence[Entry], labels: Mapping[str, Sequence[Entry]] | None = None) -> None:
+        self.entries, self.labels = list(entries), dict(labels or {})
         self.copies = Copies(time.strftime("%Y%m%d-%H%M%S"))
         self.writing = threading.Lock()
         self._frames = functools.lru_cache(CLIPS_OPEN)(_decode_clip)
         self._decoding = threading.Lock()
+
+    def entry(self, number: int, label: str = "") -> Entry:
+        """The picture or clip of this number, with the mask of a label, or its plain one.
+
+        Raises:
+            UserError: for a number or label that is not there.
+        """
+        if label and label not in self.labels:
+            raise UserError(f"there is no label {label[:40]!r}: give it with --mask_labels")
+        entries = self.labels[label] if label else self.entries
+        if not 0 <= number < len(entries):
+            raise UserError(f"there are {len(entries)} pictures and clips, not {number + 1}")
+        return entries[number]
+
+    def together(self, number: int, frame: int = 0) -> np.ndarray | None:
+        """The plain mask and those of all labels together, (H, W) uint8: the largest of each pixel; None where there is none."""
+        entries = [self.entry(number, label) for label in ("", *self.labels)]
+        masks = [self.mask(entry, frame).pixels for entry in entries if entry.mask() is not None]
+        return np.maximum.reduce(masks) if masks else None
 
     def frame_count(self, entry: Entry) -> int:
         """Number of frames of a clip, 1 for a picture. Decodes the clip."""

@@ -98,7 +98,14 @@ class Pages:
     def items(self, request: Request) -> Response:
         items = [{"name": entry.name, "clip": entry.is_clip} for entry in self.library.entries]
         can_cache = self.session.cache_words is not None
-        return answer_json({"items": items, "problems": self.session.problems, "can_cache": can_cache})
+        return answer_json(
+            {
+                "items": items,
+                "labels": list(self.library.labels),
+                "problems": self.session.problems,
+                "can_cache": can_cache,
+            }
+        )
 
     def news(self, request: Request) -> Response:
         found = self.survey.since(_whole(request, "since", 0))
@@ -112,19 +119,20 @@ class Pages:
         return Response(data.getvalue(), media_type="image/jpeg", headers={**HEADERS, **headers})
 
     def thumb(self, request: Request) -> Response:
-        entry = self._entry(request)
-        path = entry.mask()
-        version = str(path.stat().st_mtime_ns) if path is not None else ""
-        return Response(self._thumb(entry, version), media_type="image/jpeg", headers=HEADERS)
+        number = self._number(request)
+        paths = [self.library.entry(number, label).mask() for label in ("", *self.library.labels)]
+        version = tuple(path.stat().st_mtime_ns for path in paths if path is not None)
+        return Response(self._thumb(number, version), media_type="image/jpeg", headers=HEADERS)
 
-    def _make_thumb(self, entry: Entry, version: str) -> bytes:
-        picture, mask = self.library.picture(entry), self.library.mask(entry).pixels
+    def _make_thumb(self, number: int, version: tuple[int, ...]) -> bytes:
+        picture, mask = self.library.picture(self.library.entries[number]), self.library.together(number)
         small = Image.fromarray(picture)
         small.thumbnail((THUMB, THUMB), reducing_gap=2)
-        weight: Any = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.BOX), np.float32)
         # What is not masked is dark: the picture as the loss sees it. Without a mask it sees all of it.
-        weight = np.float32(255) if not version else weight[..., None]
-        shaded = np.asarray(small) * (0.3 + 0.7 * weight / 255)
+        weight: Any = np.ones((1, 1), np.float32)
+        if mask is not None:
+            weight = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.BOX), np.float32) / 255
+        shaded = np.asarray(small) * (0.3 + 0.7 * weight[..., None])
         data = io.BytesIO()
         Image.fromarray(shaded.astype(np.uint8)).save(data, "JPEG", quality=80)
         return data.getvalue()
@@ -208,10 +216,7 @@ class Pages:
         return request.path_params["number"]
 
     def _entry(self, request: Request) -> Entry:
-        number = self._number(request)
-        if number >= len(self.library.entries):
-            raise UserError(f"there are {len(self.library.entries)} pictures, not {number + 1}")
-        return self.library.entries[number]
+        return self.library.entry(self._number(request), request.query_params.get("label", ""))
 
 
 def serve(session: Session, port: int, browser: bool = True) -> int:

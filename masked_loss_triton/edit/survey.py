@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from masked_loss_triton.edit.library import Entry, Library, is_drawn
+from masked_loss_triton.edit.library import Library, is_drawn
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.files.parallel import default_workers, run_parallel
@@ -84,7 +84,7 @@ class Survey:
 
     def look(self, number: int) -> None:
         """Finds out about one entry anew."""
-        found = examine(self.library, self.library.entries[number])
+        found = examine(self.library, number)
         with self.lock:
             self.seen[number] = found
 
@@ -142,20 +142,22 @@ class Survey:
             return {}
 
 
-def examine(library: Library, entry: Entry) -> Seen:
-    """Finds out about the mask of one entry. Whatever is wrong with its files becomes a line."""
+def examine(library: Library, number: int) -> Seen:
+    """Finds out about the masks of one entry. Whatever is wrong with its files becomes a line."""
+    entry = library.entries[number]
     try:
-        path = entry.mask()
-        if path is None:
+        paths = [path for label in ("", *library.labels) if (path := library.entry(number, label).mask()) is not None]
+        if not paths:
             library.size(entry)
             return Seen("missing", None)
         frames = [0]
-        if entry.is_clip and (path.is_dir() or path == entry.target):
+        if entry.is_clip and any(path.is_dir() for path in paths):
             count = library.frame_count(entry)
             frames = sorted({0, count // 2, count - 1})
-        coverage = float(np.mean([library.mask(entry, frame).pixels.mean() / 255 for frame in frames]))
+        found = [library.together(number, frame) for frame in frames]
+        coverage = float(np.mean([mask.mean() / 255 for mask in found if mask is not None]))
         problems = ("nothing is masked: nothing is learned",) if coverage == 0 else ()
-        return Seen("drawn" if is_drawn(path) else "mask", coverage, problems)
+        return Seen("drawn" if any(map(is_drawn, paths)) else "mask", coverage, problems)
     except UserError as error:
         return Seen("unreadable", None, (str(error),))
     except Exception as error:

@@ -299,6 +299,35 @@ def test_one_click_cuts_out_and_can_be_undone(driver, tmp_path):
         page.js("location.hash = ''")
 
 
+def test_labels(driver, tmp_path):
+    lab = Lab(tmp_path)
+    lab.picture("cat", size=SIZE)
+    face = disc(SIZE, radius=0.1)
+    Image.fromarray(face).save(lab.masks / "cat.face.png")
+    words = ("--mask_labels", "face", "body")
+    with running("--images", lab.images, "--masks", lab.masks, *words, cwd=tmp_path) as server:
+        page = Page(driver, server.address)
+        page.open(0)
+        assert not page.js("return document.getElementById('label-choice').hidden")
+        page.set("label", "face")
+        page.wait(lambda: not page.js("return document.getElementById('facts').innerText").count("0.0000"))
+        page.set("size", 40)
+        page.stroke([page.to_screen(280, 180)])
+        page.save()
+        page.set("label", "body")
+        page.wait(lambda: "0.0000" in page.js("return document.getElementById('facts').innerText"))
+        page.stroke([page.to_screen(60, 60)])
+        page.save()
+        page.js("location.hash = ''")
+    drawn = np.asarray(Image.open(lab.masks / "cat.face.png"))
+    assert drawn[180, 280] == 255
+    assert np.array_equal(drawn[:140, :240], face[:140, :240])
+    body = np.asarray(Image.open(lab.masks / "cat.body.png"))
+    assert body[60, 60] == 255
+    assert body[180, 280] == 0
+    assert not (lab.masks / "cat.png").exists()
+
+
 def test_clip(driver, tmp_path):
     lab = video_lab(tmp_path, frames_of(9))
     with running("--dataset_config", lab.toml, "--mask_directory", lab.masks, "--arch", "wan", cwd=tmp_path) as server:

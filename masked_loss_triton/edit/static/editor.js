@@ -16,7 +16,7 @@ export class Editor {
     Object.assign(this, { facts, go, leave, tool: "brush", pointers: new Map() });
     this.surface = new Surface(element("canvas"));
     this.preview = new Preview(
-      () => ({ number: this.number, frame: this.frame, pixels: this.mask, width: this.width, height: this.height }),
+      () => ({ number: this.number, pixels: this.mask, address: (more) => this.address("preview", this.size + more) }),
       (found) => {
         this.surface.crop = found.cut > 0 || found.crop[0] > 0.5 || found.crop[1] > 0.5 ? found.crop : null;
         this.surface.draw();
@@ -33,12 +33,29 @@ export class Editor {
     return Number(element("value").value);
   }
 
+  /** The address of something of the mask that is open: what, and further parameters. */
+  address(what, more = "", number = this.number, frame = this.frame) {
+    const label = encodeURIComponent(element("label").value);
+    return `api/${what}/${number}?frame=${frame}${label && `&label=${label}`}${more}`;
+  }
+
+  /** `&width=...&height=...` of the mask, for requests that carry it. */
+  get size() {
+    return `&width=${this.width}&height=${this.height}`;
+  }
+
+  /** Lets the user choose whose mask is edited; without labels there is nothing to choose. */
+  setLabels(labels) {
+    element("label-choice").hidden = !labels.length;
+    element("label").replaceChildren(...["", ...labels].map((label) => new Option(label || "everything", label)));
+  }
+
   /** Opens a picture, or a frame of a clip (`keep`: without moving the view). */
   async open(number, frame = 0, keep = false) {
     const opening = (this.opening = Symbol());
     const [picture, mask] = await Promise.all([
-      ask(`api/picture/${number}?frame=${frame}`),
-      ask(`api/mask/${number}?frame=${frame}`),
+      ask(this.address("picture", "", number, frame)),
+      ask(this.address("mask", "", number, frame)),
     ]);
     const pixels = new Uint8Array(await mask.arrayBuffer());
     const image = await createImageBitmap(await picture.blob(), { imageOrientation: "none" });
@@ -99,6 +116,8 @@ export class Editor {
     };
     for (const [id, action] of Object.entries(actions)) element(id).addEventListener("click", action);
     element("frame").addEventListener("change", () => this.toFrame(Number(element("frame").value)));
+    element("label").addEventListener("focus", () => (this.label = element("label").value));
+    element("label").addEventListener("change", () => this.toLabel());
     element("onion").addEventListener("change", () => this.skin());
     element("shade").addEventListener("change", () => this.surface.setMode(element("shade").value));
     for (const id of ["size", "value"]) element(id).addEventListener("input", () => this.refresh());
@@ -283,13 +302,12 @@ export class Editor {
     this.surface.outline = null;
     this.surface.clicks = this.said.clicks;
     this.surface.draw();
-    const { number, frame, history } = this;
+    const { history } = this;
     const edits = history.past.length;
     document.body.dataset.selecting = "yes";
     try {
       const said = encodeURIComponent(JSON.stringify(this.said));
-      const address = `api/select/${number}?frame=${frame}&width=${this.width}&height=${this.height}&said=${said}`;
-      const answer = await ask(address, { method: "POST", body: stroke.before });
+      const answer = await ask(this.address("select", `${this.size}&said=${said}`), { method: "POST", body: stroke.before });
       const found = new Uint8Array(await answer.arrayBuffer());
       if (this.history !== history || this.history.past.length !== edits) return say("the mask was changed meanwhile: click again");
       const before = this.mask.slice();
@@ -373,11 +391,12 @@ export class Editor {
 
   /** Saves; resolves to whether the mask on the disk is the one on the screen. */
   async save() {
-    const { number, frame, width, height } = this;
+    const { number, frame } = this;
+    const label = element("label").value;
     const sent = this.mask.slice();
     const place = this.history.past.length;
     const store = (over) =>
-      post(`api/mask/${number}?frame=${frame}&width=${width}&height=${height}&version=${this.version}${over ? "&over=1" : ""}`, sent);
+      post(this.address("mask", `${this.size}&version=${this.version}${over ? "&over=1" : ""}`), sent);
     try {
       let saved;
       try {
@@ -389,7 +408,7 @@ export class Editor {
         if (answer !== "mine") return answer === "the other one";
         saved = await store(true);
       }
-      if (this.number !== number || this.frame !== frame) return true;
+      if (this.number !== number || this.frame !== frame || element("label").value !== label) return true;
       this.version = saved.version;
       if (this.history.past.length === place) this.history.markSaved();
       document.body.dataset.saves = String(Number(document.body.dataset.saves ?? 0) + 1);
@@ -423,11 +442,20 @@ export class Editor {
     if (wanted !== this.frame && (await this.mayLeave())) await this.attempt(() => this.open(this.number, wanted, true));
   }
 
+  /** Another label was chosen: its mask is opened, or the choice goes back where unsaved edits are to stay. */
+  async toLabel() {
+    const wanted = element("label").value;
+    element("label").value = this.label ?? "";
+    if (!(await this.mayLeave())) return;
+    element("label").value = this.label = wanted;
+    await this.attempt(() => this.open(this.number, this.frame, true));
+  }
+
   async skin() {
     const around = element("onion").checked ? [[this.frame - 1, [255, 120, 0]], [this.frame + 1, [0, 200, 120]]] : [];
     const masks = await Promise.all(
       around.filter(([frame]) => frame >= 0 && frame < this.frames).map(async ([frame, colour]) => {
-        const answer = await ask(`api/mask/${this.number}?frame=${frame}`);
+        const answer = await ask(this.address("mask", "", this.number, frame));
         return [new Uint8Array(await answer.arrayBuffer()), colour];
       }),
     );
@@ -436,13 +464,13 @@ export class Editor {
 
   async carry() {
     if (this.history.changed && !(await this.save())) return;
-    await this.attempt(() => post(`api/carry/${this.number}?frame=${this.frame}&last=${Number(element("carry-to").value)}`));
+    await this.attempt(() => post(this.address("carry", `&last=${Number(element("carry-to").value)}`)));
   }
 
   async revert() {
     if ((await choose("Bring back the mask as it was before this session?", ["bring back", "cancel"])) !== "bring back") return;
     await this.attempt(async () => {
-      await post(`api/revert/${this.number}`);
+      await post(this.address("revert"));
       await this.open(this.number, this.frame, true);
       say("the mask is as it was before this session");
     });

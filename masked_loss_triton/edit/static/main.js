@@ -73,8 +73,9 @@ element("write-caches").addEventListener("click", async () => {
 window.addEventListener("hashchange", route);
 
 const started = performance.now();
-const { items, problems, can_cache } = await get("api/items");
+const { items, labels, problems, can_cache } = await get("api/items");
 list.start(items);
+editor.setLabels(labels);
 document.body.dataset.listMs = String(performance.now() - started);
 element("write-caches").hidden = !can_cache;
 if (problems.length) say(problems.join("; "));

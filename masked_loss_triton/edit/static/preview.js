@@ -6,7 +6,7 @@ const SETTINGS = ["gamma", "min_weight", "floor", "blur_kernel_size", "binarize"
 const element = (id) => document.getElementById(id);
 
 export class Preview {
-  /** `mask` returns {number, frame, pixels, width, height}; `shown` gets what came back. */
+  /** `mask` returns {number, pixels, address}: the mask, and the address for a preview of it; `shown` gets what came back. */
   constructor(mask, shown) {
     this.mask = mask;
     this.shown = shown;
@@ -65,13 +65,12 @@ export class Preview {
   }
 
   async fetch() {
-    const { number, frame, pixels, width, height } = this.mask();
+    const { number, pixels, address } = this.mask();
     if (!pixels) return;
     const settings = encodeURIComponent(JSON.stringify(this.settings()));
     const started = performance.now();
     try {
-      const address = `api/preview/${number}?frame=${frame}&width=${width}&height=${height}&settings=${settings}`;
-      const found = await (await ask(address, { method: "POST", body: pixels })).json();
+      const found = await (await ask(address(`&settings=${settings}`), { method: "POST", body: pixels })).json();
       if (this.mask().number !== number) return;
       this.show(found);
       document.body.dataset.previewMs = String(performance.now() - started);
