@@ -57,6 +57,7 @@ class LossOptions(StageOptions):
     Args:
         FLAT, FOLD, DIVISOR: see `Walk`. MASK_FLAT, MASK_DIVISOR: the same of a mask that the kernel reads itself.
         ONE_FRAME: the weights or the mask have one frame, pred has several.
+        ROWS_OF_FOUR: one frame of four columns, as in packed tokens: known to the compiler, neighbours are read together.
         CELL_VECTOR: neighbours whose weights are neighbours too: their number divides every place where a frame or a fold ends.
         OFFSET: int64 where a tensor spans 2^31 elements, else int32.
         VECTOR, BLOCK_P, BLOCK_C, CHANNEL_BLOCKS: see `LossLaunch`.
@@ -71,6 +72,7 @@ class LossOptions(StageOptions):
     MASK_FLAT: bool
     MASK_DIVISOR: int
     ONE_FRAME: bool
+    ROWS_OF_FOUR: bool
     CELL_VECTOR: int
     OFFSET: tl.dtype
     VECTOR: int
@@ -254,6 +256,7 @@ def plan_loss(
         MASK_FLAT=mask_flat,
         MASK_DIVISOR=mask_divisor,
         ONE_FRAME=one_frame,
+        ROWS_OF_FOUR=frames == 1 and width == 4 and walk.rows_are_runs and walk.divisor % 4 == 0 and not walk.flat,
         CELL_VECTOR=common_divisor([height * width if one_frame else frames * height * width], launch.vector),
         OFFSET=tl.int64 if max(x.span for x in operands if x is not None) >= 2**31 else tl.int32,
         VECTOR=launch.vector,

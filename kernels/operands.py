@@ -52,7 +52,7 @@ class Walk:
             elements start on 8 bytes, pairs of rows on 16.
         divisor: the power of two, up to 16, that divides the number of positions and all strides. A kernel multiplies it back: the
             compiler then knows what divides them and reads 128 bits at a time also where they are not multiples of 16.
-        itemsize: bytes of an element of the widest operand.
+        itemsize: bytes of an element of the widest operand. rows_are_runs: of memory, in every operand.
     """
 
     strides: tuple[tuple[int, ...] | None, ...]
@@ -63,6 +63,7 @@ class Walk:
     fold: int
     divisor: int
     itemsize: int
+    rows_are_runs: bool
 
     @classmethod
     def over(cls, operands: Sequence[Layout | None]) -> Walk:
@@ -82,8 +83,19 @@ class Walk:
         used = [step for tensor in given for step in steps(tensor)[: 2 if flat else 4]]
         divisor = common_divisor([positions * fold, *used], 16)
         strides = tuple(None if tensor is None else divided(steps(tensor), divisor) for tensor in operands)
+        rows_are_runs = all(tensor.strides[4] == 1 for tensor in given)
         channels_innermost = channels > 1 and given[0].strides[1] == 1 and positions > 1
-        return cls(strides, channels // fold, positions * fold, flat, channels_innermost, fold, divisor, itemsize)
+        return cls(
+            strides,
+            channels // fold,
+            positions * fold,
+            flat,
+            channels_innermost,
+            fold,
+            divisor,
+            itemsize,
+            rows_are_runs,
+        )
 
 
 def divided(steps: tuple[int, ...], divisor: int) -> tuple[int, ...]:
@@ -171,7 +183,10 @@ def walked(shape, OPTIONS: tl.constexpr):
         cell = tl.where(position < grid_positions, position, position - grid_positions)
         CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
         cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
-    frame, row, column = split_position(cell, height, width)
+    if OPTIONS.ROWS_OF_FOUR:
+        frame, row, column = 0 * cell, cell // 4, cell % 4
+    else:
+        frame, row, column = split_position(cell, height, width)
     # 64-bit where a tensor spans 2^31 elements.
     cell = cell.to(OPTIONS.OFFSET)
     at = (frame.to(OPTIONS.OFFSET), row.to(OPTIONS.OFFSET), column.to(OPTIONS.OFFSET))
@@ -187,4 +202,7 @@ def offsets_of(tensor, b, at, position, OPTIONS: tl.constexpr):
     start = b.to(tl.int64) * (tensor.b * OPTIONS.DIVISOR)
     if OPTIONS.FLAT:
         return start + position * tensor.w
-    return start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)
+    offsets = start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)
+    if OPTIONS.ROWS_OF_FOUR:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, 4)), (1, 4))
+    return offsets

@@ -181,12 +181,23 @@ def averaged(mask_ptr, at, valid, grid, how, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def place(position, grid, OPTIONS: tl.constexpr):
+    """(frame, row, column) of a position of the weights; PACKED: they lie patch by patch, each of 2 x 2."""
+    if OPTIONS.PACKED:
+        patch, within = position // 4, position % 4
+        columns = grid[2] // 2
+        return 0 * patch, patch // columns * 2 + within // 2, patch % columns * 2 + within % 2
+    else:
+        return split_position(position, grid[1], grid[2])
+
+
+@triton.jit
 def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr):
     """The raw mask, stages 0 to 2, and minus the largest value read (with STATS).
 
     FLAT, a mask that is one run on the grid, needs no windows and no divisions.
     """
-    at = split_position(position, grid[1], grid[2])
+    at = place(position, grid, OPTIONS)
     if OPTIONS.FLAT:
         value = tl.load(mask_ptr + position, mask=valid, other=0)
         m, minus_most = read(value), tl.where(valid, -number(value), float("inf"))

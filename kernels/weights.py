@@ -20,7 +20,7 @@ import triton.language as tl
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.operands import warps
-from masked_loss_triton.kernels.resampling import raw_mask, resampling_of
+from masked_loss_triton.kernels.resampling import place, raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
@@ -29,7 +29,6 @@ from masked_loss_triton.kernels.stages import (
     sample_gates,
     smaller,
     snapped,
-    split_position,
     target_and_prior_weight,
 )
 from masked_loss_triton.kernels.sums import (
@@ -79,6 +78,7 @@ class WeightsOptions(StageOptions):
     Args:
         MODE: how the mask is resampled. FLAT: it is one run of memory on the grid, and is not.
         WINDOW_H, WINDOW_W: mask values under each position, where they are exact and rows are runs of memory; else 1.
+        PACKED: see `place`.
         DIVISOR: divides the number of positions and the mask's step from sample to sample (operands.py).
     """
 
@@ -90,6 +90,7 @@ class WeightsOptions(StageOptions):
     WINDOW_W: int = 1
     DIVISOR: int
     KERNEL_SIZE: int = 1
+    PACKED: bool = False
     BLOCK: int
 
 
@@ -114,7 +115,7 @@ def resample_kernel(mask_ptr, raw_ptr, minus_most_ptr, grid, how, stages, OPTION
 def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
     """Blurs a contiguous raw mask over height and width, stage 3, borders replicated."""
     KERNEL_SIZE: tl.constexpr = OPTIONS.KERNEL_SIZE
-    frame, row, column = split_position(position, grid[1], grid[2])
+    frame, row, column = place(position, grid, OPTIONS)
     total = tl.zeros(position.shape, tl.float32)
     for kh in range(KERNEL_SIZE):
         tap_row = tl.minimum(tl.maximum(row + kh - KERNEL_SIZE // 2, 0), grid[1] - 1)
@@ -195,7 +196,11 @@ def weights_kernel(
             blurred = raw
         else:
             sample_ptr = mask_ptr + b * (how.b * OPTIONS.DIVISOR)
-            raw = tl.load(sample_ptr + position, mask=valid, other=0.0)
+            cell = position
+            if OPTIONS.PACKED:
+                _, row, column = place(position, grid, OPTIONS)
+                cell = row * grid[2] + column
+            raw = tl.load(sample_ptr + cell, mask=valid, other=0.0)
             blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS)
             minus_most = -raw
             if OPTIONS.STATS:
@@ -288,6 +293,7 @@ def plan_weights(
     batch: int,
     has_prior: bool,
     stats: bool,
+    packed: bool = False,
 ) -> WeightsPlan:
     """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew."""
     # A mask of one frame is made into weights once, and counted for each frame.
@@ -313,8 +319,10 @@ def plan_weights(
         how, more = resampling_of(raw, shape, config.resample)
         more |= dict(KERNEL_SIZE=config.blur_kernel_size)
         blur = Blur.of(config.blur_kernel_size)
+    if packed and mask is not None:
+        more |= dict(PACKED=True, FLAT=False)
     arguments = (shape, how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
-    return WeightsPlan(launch, not on_grid or blurred, shape, before_blur, arguments)
+    return WeightsPlan(launch, not on_grid or blurred or (packed and mask is not None), shape, before_blur, arguments)
 
 
 def launch_weights(
@@ -323,7 +331,7 @@ def launch_weights(
     """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""
     mask, batch, device = call.mask, call.pred.shape[0], call.pred.device
     has_prior = call.prior is not None
-    plan = plan_weights(Layout.of(mask), config, call.grid, batch, has_prior, stats)
+    plan = plan_weights(Layout.of(mask), config, call.grid, batch, has_prior, stats, call.patches is not None)
     tiles, num_warps = plan.launch.tiles, plan.launch.num_warps
     planes, shape = PLANES_WITH_STATS if stats else PLANES, (batch, *plan.shape)
     result = MaskWeights(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 import torch
 
 from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
+from masked_loss_triton.layouts import LAYOUTS, PRED_SHAPES, Layout, canonical, checked_patches
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,17 +24,11 @@ if TYPE_CHECKING:
 Number = torch.Tensor | float
 Normalizer = Number | Sequence[Number]
 
-Layout = Literal["channels_first", "layered"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)
 Backend = Literal["auto", "triton", "torch", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.bool)
 
-_PRED_SHAPES = {
-    "channels_first": "(B, C, F, H, W) or (B, C, H, W)",
-    "layered": "(B, L, C, H, W)",
-}
 _MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
 
 
@@ -67,6 +62,7 @@ class CallOptions(TypedDict, total=False):
     normalizer: Normalizer | None
     process_group: ProcessGroup | None
     layout: Layout
+    patches: tuple[int, int] | None
     backend: Backend
 
 
@@ -91,6 +87,7 @@ class LossInputs:
     normalizer: tuple[Any, ...] | None  # one or two numbers or 0-d tensors
     process_group: ProcessGroup | None
     recording: Recording | None = None  # where the launches of this call are kept for the next one of its form
+    patches: tuple[int, int] | None = None  # rows and columns of 2x2 patches: pred is (B, C, 1, T, 4), the mask is not
 
     @property
     def batch(self) -> int:
@@ -102,7 +99,9 @@ class LossInputs:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(F, H, W): the positions that carry a weight."""
+        """(F, H, W): the positions that carry a weight, as the mask has them."""
+        if self.patches is not None:
+            return 1, 2 * self.patches[0], 2 * self.patches[1]
         return (self.pred.shape[2], self.pred.shape[3], self.pred.shape[4])
 
     @property
@@ -131,19 +130,13 @@ def _same_device(name: str, value: torch.Tensor, pred: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {value.device} and pred on {pred.device}: move {name} to {pred.device}")
 
 
-def _canonical(value: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == "layered":
-        return value.transpose(1, 2)
-    return value.unsqueeze(2) if value.dim() == 4 else value
-
-
 def _like_pred(name: str, value: Any, pred: torch.Tensor, layout: str) -> torch.Tensor:
     tensor = _tensor(name, value)
     if tensor.shape != pred.shape:
         raise ValueError(f"{name} must have the shape of pred, {tuple(pred.shape)}, got {tuple(tensor.shape)}")
     _dtype(name, tensor, FLOAT_DTYPES)
     _same_device(name, tensor, pred)
-    return _canonical(tensor, layout)
+    return canonical(tensor, layout)
 
 
 def canonical_mask(
@@ -252,6 +245,7 @@ def describe(
     config: MaskedLossConfig,
     *,
     layout: str = "channels_first",
+    patches: Any = None,
     weighting: Any = None,
     prior: Any = None,
     prior_weight: Any = None,
@@ -266,13 +260,15 @@ def describe(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     _tensor("pred", pred)
-    if pred.dim() != 5 and not (pred.dim() == 4 and layout == "channels_first"):
-        raise ValueError(f"pred must be {_PRED_SHAPES[layout]} with layout={layout!r}, got {tuple(pred.shape)}")
+    if pred.dim() not in {"channels_first": (4, 5), "layered": (5,), "packed": (3,)}[layout]:
+        raise ValueError(f"pred must be {PRED_SHAPES[layout]} with layout={layout!r}, got {tuple(pred.shape)}")
     if 0 in pred.shape:
         raise ValueError(f"pred has no elements: its shape is {tuple(pred.shape)}")
     _dtype("pred", pred, FLOAT_DTYPES)
-    canonical_pred = _canonical(pred, layout)
+    patches = checked_patches(patches, pred, layout)
+    canonical_pred = canonical(pred, layout)
     batch, _, frames, height, width = canonical_pred.shape
+    grid = (frames, height, width) if patches is None else (1, 2 * patches[0], 2 * patches[1])
 
     latents, flow_sign = None, 1
     if isinstance(target, FlowTarget):
@@ -284,7 +280,7 @@ def describe(
 
     canonical_prior = None if prior is None else _like_pred("prior", prior, pred, layout)
     if mask is not None:
-        mask = canonical_mask(mask, (batch, frames, height, width), image=pred.dim() == 4, layered=layout == "layered")
+        mask = canonical_mask(mask, (batch, *grid), image=pred.dim() < 5, layered=layout == "layered")
         _same_device("mask", mask, pred)
     if weighting is not None:
         weighting = per_sample_numbers("weighting", weighting, pred, batch, FLOAT_DTYPES)
@@ -313,6 +309,7 @@ def describe(
         normalizer=None if normalizer is None else _normalizer(normalizer, prior is not None, config, pred),
         process_group=_checked_group(process_group),
         recording=recording,
+        patches=patches,
     )
 
 

@@ -88,6 +88,7 @@ def masked_loss(
     normalizer: Normalizer | None = None,
     process_group: ProcessGroup | None = None,
     layout: Layout = "channels_first",
+    patches: tuple[int, int] | None = None,
     backend: Backend = "auto",
     return_stats: bool = False,
 ) -> torch.Tensor | LossAndStats:
@@ -126,7 +127,9 @@ def masked_loss(
             since a number that changes compiles anew.
         process_group: all-reduces the denominators over its ranks and multiplies by their number, so that the gradient
             that data parallel training averages is exactly that of the whole batch.
-        layout: "channels_first" or "layered".
+        layout: "channels_first", "layered", or "packed": tokens (B, T, 4 C) of 2x2 patches, row by row, as the transformers of
+            Qwen-Image and FLUX give them; read in place. The mask is at any size, as for the unpacked picture.
+        patches: (rows, columns) of the patches with layout="packed".
         backend: "auto", "triton", "torch" or "reference".
         return_stats: also return a `MaskedLossStats`.
 
@@ -143,7 +146,7 @@ def masked_loss(
     """
     config = _checked(config)
     recording = None
-    if prior_weight is None and normalizer is None and process_group is None and backend in _FUSED:
+    if prior_weight is normalizer is process_group is patches is None and backend in _FUSED:
         sign = 1
         targets: tuple[Any, Any] = (target, None)
         if type(target) is FlowTarget:
@@ -160,6 +163,7 @@ def masked_loss(
         mask,
         config,
         layout=layout,
+        patches=patches,
         weighting=weighting,
         prior=prior,
         prior_weight=prior_weight,

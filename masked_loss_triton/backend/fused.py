@@ -70,7 +70,8 @@ class FusedLoss(torch.autograd.Function):
         total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write, recording=recording)
         # No saved tensor: the backward scales it in place and gives it away, once.
         ctx.gradient = gradient if write else None
-        *tensors, ctx.flow_sign, ctx.prior_weight = _flat(inputs, factors)
+        *tensors, flow_sign, prior_weight, patches = _flat(inputs, factors)
+        ctx.numbers = flow_sign, prior_weight, patches
         ctx.config, ctx.recording = config, recording
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(numbers)
@@ -83,7 +84,7 @@ class FusedLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors  # refuses where one of them was changed, or freed
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            inputs, factors = _call(*tensors, ctx.flow_sign, ctx.prior_weight)
+            inputs, factors = _call(*tensors, *ctx.numbers)
             gradient = run(inputs, factors, ctx.config, grad_output=grad_output)[2]
         else:
             _scale(gradient, grad_output, ctx.recording)
@@ -220,24 +221,26 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 OPERATORS = torch.ops.masked_loss_triton
 _SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in TENSORS)
-_SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight"
+_SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight, int[] patches"
 _SIZE = len(TENSORS) + 2  # tensors at the front of an operator's arguments
 
 
 def _flat(inputs: LossInputs, factors: torch.Tensor | None) -> tuple[Any, ...]:
     """What an operator takes of a call: all tensors, then the numbers."""
     tensors = [getattr(inputs, name) for name in TENSORS]
+    patches = list(inputs.patches or ())
     if isinstance(inputs.prior_weight, torch.Tensor):
-        return *tensors, inputs.prior_weight, factors, inputs.flow_sign, 0.0
-    return *tensors, None, factors, inputs.flow_sign, inputs.prior_weight
+        return *tensors, inputs.prior_weight, factors, inputs.flow_sign, 0.0, patches
+    return *tensors, None, factors, inputs.flow_sign, inputs.prior_weight, patches
 
 
 def _call(*flat: Any) -> tuple[LossInputs, torch.Tensor | None]:
     """The inverse of `_flat`."""
-    *tensors, prior_weights, factors, flow_sign, number = flat
+    *tensors, prior_weights, factors, flow_sign, number, patches = flat
     named = dict(zip(TENSORS, tensors, strict=True))
     prior_weight = number if prior_weights is None else prior_weights
     numbers = dict(flow_sign=flow_sign, prior_weight=prior_weight, normalizer=None, process_group=None)
+    numbers |= dict(patches=tuple(patches) or None)
     return LossInputs(**named, **numbers), factors
 
 

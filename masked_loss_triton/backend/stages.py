@@ -160,4 +160,13 @@ def call_weights(
     if inputs.mask_gate is not None:
         # A sample whose mask is off counts as fully covered, also for area_scale_beta.
         raw = torch.where(inputs.mask_gate.view(-1, 1, 1, 1), raw, torch.ones_like(raw))
+    if inputs.patches is not None:
+        raw, w, v = (in_patches(x, inputs.patches) for x in (raw, w, v))
     return raw, w, v
+
+
+def in_patches(weights: torch.Tensor, patches: tuple[int, int]) -> torch.Tensor:
+    """(B, 1, 2 rows, 2 columns) in the order of packed tokens, (B, 1, rows * columns, 4)."""
+    rows, columns = patches
+    cells = weights.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))
+    return cells.transpose(3, 4).reshape(len(weights), 1, rows * columns, 4)
