@@ -77,6 +77,21 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
+def lower(minima, values, valid):
+    """The smaller of each minimum and, where it is valid, each value; seven of each."""
+    infinity = float("inf")
+    return (
+        smaller(minima[0], tl.where(valid, values[0], infinity)),
+        smaller(minima[1], tl.where(valid, values[1], infinity)),
+        smaller(minima[2], tl.where(valid, values[2], infinity)),
+        smaller(minima[3], tl.where(valid, values[3], infinity)),
+        smaller(minima[4], tl.where(valid, values[4], infinity)),
+        smaller(minima[5], tl.where(valid, values[5], infinity)),
+        smaller(minima[6], values[6]),
+    )
+
+
+@triton.jit
 def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """Sum of one plane of the partial sums: of sample b, or of the whole batch."""
     start = PLANE * batch * tiles

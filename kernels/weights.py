@@ -41,6 +41,7 @@ from masked_loss_triton.kernels.sums import (
     SUM_RAW,
     SUM_V,
     SUM_W,
+    lower,
 )
 
 if TYPE_CHECKING:
@@ -127,21 +128,6 @@ def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
             of_row += gaussian_tap(kw - KERNEL_SIZE // 2, blur.exponent, blur.norm) * value
         total += gaussian_tap(kh - KERNEL_SIZE // 2, blur.exponent, blur.norm) * of_row
     return total
-
-
-@triton.jit
-def lower(minima, values, valid):
-    """The smaller of each minimum and, where it is valid, each value; seven of each."""
-    infinity = float("inf")
-    return (
-        smaller(minima[0], tl.where(valid, values[0], infinity)),
-        smaller(minima[1], tl.where(valid, values[1], infinity)),
-        smaller(minima[2], tl.where(valid, values[2], infinity)),
-        smaller(minima[3], tl.where(valid, values[3], infinity)),
-        smaller(minima[4], tl.where(valid, values[4], infinity)),
-        smaller(minima[5], tl.where(valid, values[5], infinity)),
-        smaller(minima[6], values[6]),
-    )
 
 
 @triton.jit
