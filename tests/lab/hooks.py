@@ -179,3 +179,14 @@ def every_token_through_the_hooks() -> None:
     from masked_loss_triton.routing import Router
 
     Router.count = lambda self, tokens: tokens
+
+
+def perceptual_term() -> None:
+    """HiDream-O1's perceptual term without the weights of DINO: the distance of the pictures, averaged over 4 x 4 pixels."""
+    import torch
+    from musubi_tuner.hidream_o1_train_network import HiDreamO1NetworkTrainer
+
+    def distance(pred, target):
+        return (torch.nn.functional.avg_pool2d(pred - target, 4) ** 2).mean()
+
+    HiDreamO1NetworkTrainer._get_dino_loss_fn = lambda self, args, device: distance

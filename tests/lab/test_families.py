@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from masked_loss_triton.cache.families import FAMILIES as TABLE
 from masked_loss_triton.cache.families import REFUSED
@@ -44,6 +46,7 @@ def test_a_white_mask_is_the_stock_run_and_a_mask_the_trainers_resize(laboratory
     run = laboratory.train(family, root, "--use_mask_loss", "--inverted_mask_prior", hooks=("observe",), **observed)
     assert run.status == 0, run.output[-3000:]
     steps = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert run.losses == pytest.approx([step["expected_loss"] for step in steps], rel=1e-6)
     assert len(steps) == 4
     for step in steps:
         assert step.get("weight_error", 0) <= 1 / 1024  # float16 in the cache
@@ -51,3 +54,59 @@ def test_a_white_mask_is_the_stock_run_and_a_mask_the_trainers_resize(laboratory
         assert step["inside"] > 0
     assert steps[0]["prior"] < 1e-5, "of the loss: what bfloat16 leaves between a pass with and one without gradients"
     assert steps[-1]["prior"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["LoHa", "LoKr", "two experts"])
+def test_the_teacher_is_the_same_model_whatever_is_trained(laboratory, network, tmp_path):
+    """The adapter is 0 at the first step. The two experts of WAN 2.2 have other weights, far apart if they were mixed up."""
+    flags = ["--network_module", f"networks.{network.lower()}"]
+    if network == "two experts":
+        low = load_file(laboratory.fixture / "weights" / "wan_dit_bf16.safetensors")
+        random = torch.Generator().manual_seed(1)
+        high = {
+            name: value + 0.1 * torch.randn(value.shape, generator=random).bfloat16() for name, value in low.items()
+        }
+        save_file(high, tmp_path / "high.safetensors")
+        flags = [
+            "--task",
+            "t2v-A14B",
+            "--dit_high_noise",
+            str(tmp_path / "high.safetensors"),
+            "--timestep_boundary",
+            "700",
+        ]
+    seen = tmp_path / "seen.jsonl"
+    observed = {"LAB_OBSERVE": str(seen), "LAB_MASKS": str(laboratory.fixture / "masks")}
+    root = laboratory.cache("wan", "masks", tuple(f"img{i}" for i in range(6)))
+    on = ["--use_mask_loss", "--inverted_mask_prior", *flags]
+    run = laboratory.train("wan", root, *on, hooks=("observe",), **observed)
+    assert run.status == 0, run.output[-3000:]
+    steps = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert steps[0]["prior"] < 1e-5
+    assert all(0 < step["prior"] < 0.01 for step in steps[1:])
+
+
+LAYOUTS = ("zimage", "kandinsky5", "hidream")  # without a frame axis, frames first, tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_gradient_checkpointing_learns_the_same(laboratory, family):
+    root = laboratory.cache(family, "masks")
+    flags = ["--use_mask_loss", "--inverted_mask_prior", "--mask_min_weight", "0.1"]
+    plain = laboratory.train(family, root, *flags)
+    checkpointed = laboratory.train(family, root, *flags, "--gradient_checkpointing")
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_hidreams_own_term_goes_on_beside_the_masks(laboratory):
+    white = laboratory.cache("hidream", "masks_white")
+    flags = ["--dino_loss_weight", "0.5", "--dino_loss_backend", "convnext"]
+    hooks = ("perceptual_term",)
+    stock = laboratory.train("hidream", white, *flags, masks=False, hooks=hooks)
+    masked = laboratory.train("hidream", white, "--use_mask_loss", *flags, hooks=hooks)
+    without = laboratory.train("hidream", white, "--use_mask_loss")
+    assert masked.lora == stock.lora != without.lora
+    assert masked.losses == pytest.approx(stock.losses, rel=1e-6)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_prior_of_weight_0_is_none(laboratory, family):
     assert "does nothing with --inverted_mask_prior_weight 0" in zero.output
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", [*CORE, "zimage", "kandinsky5", "hidream"])
 def test_resumed_is_uninterrupted(laboratory, family):
     """Eight steps at once, and four twice. One picture: the trainer starts its epochs, and with them its order, anew."""
     root = laboratory.cache(family, "masks", ("img0",))
@@ -234,3 +235,21 @@ def test_trainers_whose_loss_is_no_method(laboratory, trainer, family, way):
     old = laboratory.train(family, root, *flags, masks=launcher, **older)
     newer = laboratory.train(family, root, *flags, masks=launcher, **given)
     assert old.losses == pytest.approx(newer.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("flags", [(), ("--mask_min_weight", "0.2")])
+@pytest.mark.parametrize("family", CORE)
+def test_the_masked_loss_of_the_fork_that_has_one_is_ours(laboratory, family, flags):
+    """DustyL's blissful-tuner weights the loss in its training loop, by code of its own, and reads our caches."""
+    repo = os.environ.get("BLISSFUL_REPO")
+    if not repo or "mask_loss_scale" not in (Path(repo) / "src/musubi_tuner/hv_train_network.py").read_text():
+        pytest.skip("needs a checkout of DustyL/blissful-tuner in BLISSFUL_REPO")
+    root = laboratory.cache(family, "masks")
+    given = {"steps": 3, "batch_size": 1, "hooks": ("blissful_on_cpu",), "MUSUBI_REPO": repo}
+    theirs = laboratory.train(family, root, "--use_mask_loss", *flags, masks=False, **given)
+    ours = laboratory.train(family, root, "--use_mask_loss", *flags, **given)
+    assert "masks are on" in ours.output
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
+    difference = max(float((value - theirs.tensors()[name]).abs().max()) for name, value in ours.tensors().items())
+    assert difference <= 1e-6
+    assert laboratory.train(family, root, masks=False, **given).lora != theirs.lora
