@@ -14,27 +14,32 @@ from masked_loss_triton.integration.musubi import options
 from masked_loss_triton.integration.musubi.trainer import masked_class
 
 
-def launch(family: str, arguments: Sequence[str], checkout: str | None = None) -> None:
+def launch(family: str, arguments: Sequence[str], checkout: str | None = None, whole_model: bool = False) -> None:
     """Runs the trainer's own main in this process.
 
     Args:
         family: a name of `FAMILIES`.
         arguments: the trainer's command line, with our flags among its own.
         checkout: a folder of its source code, or None for the installed package.
+        whole_model: train the model itself and no LoRA, where the family has a script for it.
 
     Raises:
         UserError: when the trainer cannot be found or is of an unknown version, and for faulty flags and caches.
     """
-    module, trainer = find_trainer(family, checkout)
+    entry = FAMILIES[family]
+    script, names = (
+        (entry.training_script, entry.trainers) if not whole_model else (entry.whole_model[0], entry.whole_model[1:])
+    )
+    module, trainer = find_trainer(script, names, checkout)
     parser = module.setup_parser_common
     module.setup_parser_common = lambda: options.add_arguments(parser())
-    setattr(module, trainer.__name__, masked_class(trainer))
-    sys.argv = [f"{FAMILIES[family].training_script}.py", *arguments]
+    setattr(module, trainer.__name__, masked_class(trainer, whole_model))
+    sys.argv = [f"{script}.py", *arguments]
     module.main()
 
 
-def find_trainer(family: str, checkout: str | None) -> tuple[Any, type]:
-    """The trainer's module and class.
+def find_trainer(script: str, names: Sequence[str], checkout: str | None) -> tuple[Any, type]:
+    """The trainer's module, by the name of its script, and the first class of these names that it has.
 
     Raises:
         UserError: naming what is missing.
@@ -46,10 +51,9 @@ def find_trainer(family: str, checkout: str | None) -> tuple[Any, type]:
         if source is None:
             raise UserError(f"--musubi {checkout}: no musubi_tuner in it: name the folder of the trainer's checkout", 2)
         sys.path.insert(0, str(source))
-    file, names = FAMILIES[family].training_script, FAMILIES[family].trainers
-    module = import_trainer(f"musubi_tuner.{file}", "name its checkout with --musubi FOLDER")
+    module = import_trainer(f"musubi_tuner.{script}", "name its checkout with --musubi FOLDER")
     for name in names:
         # Defined here and not imported from another family's module.
         if isinstance(found := getattr(module, name, None), type) and found.__module__ == module.__name__:
             return module, found
-    raise UserError(f"musubi_tuner.{file} has no {' or '.join(names)}: this version of the trainer is not supported")
+    raise UserError(f"musubi_tuner.{script} has no {' or '.join(names)}: this version of the trainer is not supported")

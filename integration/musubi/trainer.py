@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import types
 from typing import Any
 
 import torch
@@ -83,9 +84,15 @@ def _positional(method: Any) -> list[str]:
     return [name.removesuffix("_arg") for name in names if name != "self"]
 
 
-def masked_class(trainer: type) -> type:
-    """A subclass of the trainer's class that trains with masks when `--use_mask_loss` is given."""
-    mixin = _LossMethod if has_loss_seam(trainer) else _LossInline
+def masked_class(trainer: type, whole_model: bool = False) -> type:
+    """A subclass of the trainer's class that trains with masks when `--use_mask_loss` is given.
+
+    Args:
+        trainer: a class of the trainer.
+        whole_model: it trains the model itself, in a loop that never asks for its method `compute_loss`.
+    """
+    mixin: type = _LossMethod if has_loss_seam(trainer) else _LossInline
+    mixin = _WholeModel if whole_model else mixin
     return type(f"Masked{trainer.__name__}", (mixin, trainer), {})
 
 
@@ -251,7 +258,8 @@ class _LossInline(Masked):
         parent = super().call_dit  # type: ignore[misc]
         if self.masked is None or not torch.is_grad_enabled():
             return parent(*given, **named)
-        step, (pred, target) = self._with_teacher(parent, given, named)
+        step, output = self._with_teacher(parent, given, named)
+        pred, target = output if isinstance(output, tuple) else (output.pred, output.target)
         args, timesteps = given[0], given[7]
         assert self._noise_scheduler is not None
         weighting = self._weighting(args, timesteps, *self._noise_scheduler)
@@ -261,6 +269,39 @@ class _LossInline(Masked):
             loss = loss / weighting.float().mean()
         root = _Root.apply(loss).reshape(1)
         return root, torch.zeros_like(root)
+
+
+class _WholeModel(_LossInline):
+    """Scripts of musubi-tuner 0.3 that train the model itself: `call_dit` is a method there, and the loss stands in the loop."""
+
+    def start_masks(self, options: MaskOptions, args: Any) -> None:
+        if options.use_mask_loss and options.prior_on:
+            raise UserError(
+                "--inverted_mask_prior needs a LoRA that can be switched off: drop it to train the whole model", 2
+            )
+        if options.use_mask_loss and options.mask_normalize_across == "accumulation":
+            raise UserError(
+                "--mask_normalize_across accumulation is for LoRAs: use rank or world to train the whole model", 2
+            )
+        if options.use_mask_loss and getattr(args, "dino_loss_weight", 0) > 0:
+            raise UserError("--dino_loss_weight goes with masks when a LoRA is trained: drop it, or train a LoRA", 2)
+        Masked.start_masks(self, options, args)
+
+    def call_dit(self, *given: Any, **named: Any) -> Any:
+        output = super().call_dit(*given, **named)
+        if not isinstance(output, tuple):
+            return output
+        root, zero = (one.as_subclass(_Float32) for one in output)
+        return types.SimpleNamespace(pred=root, target=zero, extra={"pixel_grid_hw": None})
+
+
+class _Float32(torch.Tensor):
+    """A tensor that the trainer's `.to(dtype)` leaves as it is: in bfloat16 the loss would be rounded."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def to(self, *given: Any, **named: Any) -> torch.Tensor:
+        return self
 
 
 class _Root(torch.autograd.Function):

@@ -19,6 +19,7 @@ class Family:
         caching_script: module of musubi_tuner that writes its latent caches.
         training_script: module of musubi_tuner that trains its LoRAs.
         trainers: the names of the trainer's class in that module, of one generation of the trainer and the other.
+        whole_model: module and class that train the whole model and ask `call_dit` for what the loss compares, or empty.
         network: module of musubi_tuner.networks with its LoRA.
         latent_axes: of a cached latent, in the order in which they lie: C channels, F frames, H and W cells.
         loss_axes: of what the loss compares, without the batch; N is all cells, row by row.
@@ -34,6 +35,7 @@ class Family:
     caching_script: str
     training_script: str = ""
     trainers: tuple[str, ...] = ()
+    whole_model: tuple[str, ...] = ()
     network: str = ""
     latent_axes: str = "CFHW"
     loss_axes: str = "CFHW"
@@ -77,6 +79,7 @@ FAMILIES = {
         caching_script="qwen_image_cache_latents",
         training_script="qwen_image_train_network",
         trainers=("QwenImageNetworkTrainer",),
+        whole_model=("qwen_image_train", "QwenImageTrainer"),
         network="lora_qwen_image",
     ),
     "krea2": Family(
@@ -109,6 +112,7 @@ FAMILIES = {
         caching_script="zimage_cache_latents",
         training_script="zimage_train_network",
         trainers=("ZImageNetworkTrainer",),
+        whole_model=("zimage_train", "ZImageTrainer"),
         network="lora_zimage",
         latent_axes="CHW",
         loss_axes="CHW",
@@ -147,6 +151,7 @@ FAMILIES = {
         caching_script="hidream_o1_cache_pixel",
         training_script="hidream_o1_train_network",
         trainers=("HiDreamO1NetworkTrainer",),
+        whole_model=("hidream_o1_train", "HiDreamO1Trainer"),
         network="lora_hidream_o1",
         latent_axes="HWC",
         loss_axes="NC",
@@ -158,9 +163,6 @@ REFUSED = {
     "flux_2_train_network_self_flow": "compares two noisy views of a picture in a loss of its own, which is not finished in "
     "the trainer: train flux2",
     "hv_train": "trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with hv",
-    "qwen_image_train": "trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with qwen",
-    "zimage_train": "trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with zimage",
-    "hidream_o1_train": "trains the whole model in a loop of its own, where no loss can be put in: train a LoRA with hidream",
 }
 
 
@@ -173,7 +175,7 @@ def named(word: str) -> str:
     name = word.rsplit("/", 1)[-1].removesuffix(".py")
     if name in REFUSED:
         raise UserError(f"{name} {REFUSED[name]}", 2)
-    scripts = {family.training_script: key for key, family in FAMILIES.items()}
+    scripts = {script: key for key, one in FAMILIES.items() for script in (one.training_script, *one.whole_model[:1])}
     found = name if name in FAMILIES else family_of(name) or scripts.get(name)
     if found is None:
         near = difflib.get_close_matches(name, [*FAMILIES, *scripts], 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import traceback
 
-HELP = "Train a LoRA with masks in an unmodified musubi-tuner or blissful-tuner."
+HELP = "Train with masks in an unmodified musubi-tuner or blissful-tuner."
 EXAMPLE = (
     "masked-loss train wan --use_mask_loss --mask_min_weight 0.05 --dataset_config dataset.toml --dit wan.safetensors ...\n"
     "  several GPUs: accelerate launch -m masked_loss_triton.integration.musubi wan --use_mask_loss ...\n"
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     known, arguments = ours.parse_known_args(args.arguments)
     args.debug = known.debug
     try:
-        launch(name, arguments, known.musubi)
+        script = args.family.rsplit("/", 1)[-1].removesuffix(".py")
+        launch(name, arguments, known.musubi, whole_model=script in FAMILIES[name].whole_model)
     except UserError:
         raise
     except Exception:

@@ -17,7 +17,7 @@ from tests.lab.laboratory import network_module
 
 def test_every_script_of_the_trainer_is_supported_or_refused(musubi):
     scripts = {path.stem for path in (Path(musubi) / "src" / "musubi_tuner").glob("*_train*.py")}
-    supported = {family.training_script for family in TABLE.values()}
+    supported = {script for one in TABLE.values() for script in (one.training_script, *one.whole_model[:1])}
     assert scripts == supported | REFUSED.keys()
     assert {names.arch or name for name, names in FAMILIES.items()} == TABLE.keys(), (
         "each is trained below, or in test_training"
@@ -110,3 +110,30 @@ def test_hidreams_own_term_goes_on_beside_the_masks(laboratory):
     without = laboratory.train("hidream", white, "--use_mask_loss")
     assert masked.lora == stock.lora != without.lora
     assert masked.losses == pytest.approx(stock.losses, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, entry in TABLE.items() if entry.whole_model])
+def test_whole_models_are_trained_with_masks(laboratory, family, tmp_path):
+    """In float32 a white mask is the stock script bit for bit; in bfloat16 the script rounds its loss, and ours is not rounded."""
+    script = ("--script", TABLE[family].whole_model[0])
+    white = laboratory.cache(family, "masks_white")
+    stock = laboratory.train(family, white, *script, masks=False, steps=2)
+    masked = laboratory.train(family, white, *script, "--use_mask_loss", steps=2)
+    assert masked.lora == stock.lora
+    assert masked.losses == pytest.approx(stock.losses, rel=1e-6)
+    seen = tmp_path / "seen.jsonl"
+    observed = {"LAB_OBSERVE": str(seen), "LAB_MASKS": str(laboratory.fixture / "masks")}
+    root = laboratory.cache(family, "masks", tuple(f"img{i}" for i in range(6)))
+    on = (*script, "--use_mask_loss", "--full_bf16")
+    run = laboratory.train(family, root, *on, hooks=("observe",), steps=2, **observed)
+    assert run.status == 0, run.output[-3000:]
+    steps = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert run.losses == pytest.approx([step["expected_loss"] for step in steps], rel=1e-6)
+    for step in steps:
+        assert step["outside"] == 0
+        assert step["inside"] > 0
+    refused = laboratory.train(family, root, *script, "--use_mask_loss", "--inverted_mask_prior")
+    assert refused.status == 2
+    assert "--inverted_mask_prior needs a LoRA that can be switched off" in refused.output
+    assert "Loading" not in refused.output

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.lab import fixture as lab
 
-SAMPLES = ("--optimizer_type", "adamw", "--learning_rate", "1e-3", "--network_dim", "4", "--seed", "42", "--sdpa")
+SAMPLES = ("--optimizer_type", "adamw", "--learning_rate", "1e-3", "--seed", "42", "--sdpa")
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -34,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="fp32: WAN only")
     parser.add_argument("--out", type=Path, default=Path("lab_out/lora.safetensors"))
     parser.add_argument("--hooks", default="")
+    parser.add_argument("--script", default="", help="a script of the family that trains the whole model")
     return parser.parse_known_args(arguments)
 
 
@@ -50,7 +51,8 @@ def trainer_flags(args: argparse.Namespace) -> list[str]:
     flags = ["--dataset_config", toml, "--dit", lab.weights(args.fixture, args.family, "dit", args.precision)]
     flags += ["--max_train_steps", args.steps, "--output_dir", args.out.parent, "--output_name", args.out.stem]
     flags += ["--mixed_precision", "bf16" if args.precision == "bf16" else "no", "--max_data_loader_n_workers", 0]
-    return [*map(str, flags), "--network_module", family.network, *SAMPLES, *family.flags]
+    network = () if args.script else ("--network_module", family.network, "--network_dim", "4")
+    return [*map(str, flags), *network, *SAMPLES, *family.flags]
 
 
 def record_losses(losses: list[float]) -> None:
@@ -85,7 +87,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)  # before the trainer does
     losses: list[float] = []
     record_losses(losses)
-    module = importlib.import_module(f"musubi_tuner.{lab.FAMILIES[args.family].script}")
+    script = args.script or lab.FAMILIES[args.family].script
+    module = importlib.import_module(f"musubi_tuner.{script}")
     hooks = importlib.import_module("tests.lab.hooks")
     for name in filter(None, args.hooks.split(",")):
         getattr(hooks, name)()
@@ -93,10 +96,11 @@ def main() -> None:
     if args.masks:
         from masked_loss_triton.cli import main as masked_loss
 
-        if status := masked_loss(["train", lab.FAMILIES[args.family].arch or args.family, *flags]):
+        word = args.script or lab.FAMILIES[args.family].arch or args.family
+        if status := masked_loss(["train", word, *flags]):
             sys.exit(status)
     else:
-        sys.argv = [f"{lab.FAMILIES[args.family].script}.py", *flags]
+        sys.argv = [f"{script}.py", *flags]
         module.main()
     record = {"losses": losses}
     if args.out.exists():

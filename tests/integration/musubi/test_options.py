@@ -339,7 +339,7 @@ def test_masks_are_not_switched_on_twice(tmp_path):
 
 
 def test_the_command_line(capsys, tmp_path):
-    assert main(["train", "qwen_image_train", "--use_mask_loss"]) == 2
+    assert main(["train", "hv_train", "--use_mask_loss"]) == 2
     assert "trains the whole model in a loop of its own" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "name the model family, one of hv, hv15, wan" in capsys.readouterr().err
