@@ -11,8 +11,6 @@ import numpy as np
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.engine import Found, FrameMask, WholeEngine
 from masked_loss_triton.generate.prompts import MaskRequest
-from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, read_clip
-from masked_loss_triton.masks.reading import read_picture
 
 BLOCK = 16  # of JPEG with subsampled colours
 LEAST, MOST = 10.0, 18.0  # levels that count as a difference, between nearly no noise and much of it
@@ -53,10 +51,15 @@ class DifferenceEngine(WholeEngine):
 
     def find(self, picture: np.ndarray, source: Path) -> Found:
         """See `WholeEngine`."""
+        from masked_loss_triton.masks.frames import IMAGE_EXTENSIONS
+        from masked_loss_triton.masks.reading import read_picture
+
         return self._found(picture, read_picture(self._control(source, IMAGE_EXTENSIONS)).rgb)
 
     def masks_of_clip(self, frames: Iterable[np.ndarray], source: Path) -> Iterator[FrameMask]:
         """Makes the mask of each frame, beside the control clip's frame of that number, or its last one."""
+        from masked_loss_triton.masks.frames import VIDEO_EXTENSIONS, read_clip
+
         controls = read_clip(self._control(source, VIDEO_EXTENSIONS))
         control = None
         for frame in frames:

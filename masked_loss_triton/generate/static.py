@@ -14,11 +14,8 @@ import numpy as np
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.folders import walk_files
-from masked_loss_triton.files.notes import read_png_note
 from masked_loss_triton.generate.engine import Found, FrameMask, WholeEngine
 from masked_loss_triton.generate.prompts import MaskRequest
-from masked_loss_triton.masks.frames import MASK_EXTENSIONS, read_clip
-from masked_loss_triton.masks.reading import read_picture
 
 FEWEST = 8  # pictures or frames: fewer have too much in common by chance
 # A pixel is static where its standard deviation is below so much of the picture's median one, levels within these bounds.
@@ -112,6 +109,8 @@ class StaticEngine(WholeEngine):
 
     def masks_of_clip(self, frames: Iterable[np.ndarray], source: Path) -> Iterator[FrameMask]:
         """Makes the mask of each frame: that of the whole clip, which is read twice."""
+        from masked_loss_triton.masks.frames import read_clip
+
         spread = Spread()
         for frame in frames:
             spread.add(frame)
@@ -123,6 +122,10 @@ class StaticEngine(WholeEngine):
             yield self.mask_of(frame, found)
 
     def _compare(self) -> dict[tuple[int, int], np.ndarray | None]:
+        from masked_loss_triton.files.notes import read_png_note
+        from masked_loss_triton.masks.frames import MASK_EXTENSIONS
+        from masked_loss_triton.masks.reading import read_picture
+
         spreads: dict[tuple[int, int], Spread] = {}
         for file in walk_files(self.folder):
             if file.suffix.lower() not in MASK_EXTENSIONS or (file.suffix.lower() == ".png" and read_png_note(file)):
