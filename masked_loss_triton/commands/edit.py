@@ -73,10 +73,10 @@ def _of_folders(args: argparse.Namespace) -> Found:
     from pathlib import Path
 
     from masked_loss_triton.cache.families import FAMILIES
-    from masked_loss_triton.cache.labels import parse_labels
     from masked_loss_triton.edit.library import entries_of_folders
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.folders import check_folder_is_writable
+    from masked_loss_triton.masks.labels import parse_labels
 
     if len(args.resolution) > 2:
         raise UserError(f"--resolution is one number or two, got {len(args.resolution)}", 2)

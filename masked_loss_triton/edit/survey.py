@@ -14,6 +14,7 @@ from masked_loss_triton.edit.library import Library, is_drawn
 from masked_loss_triton.errors import UserError, problem_line
 from masked_loss_triton.files.atomic import replace_file
 from masked_loss_triton.files.parallel import default_workers, run_parallel
+from masked_loss_triton.generate.quality import marks_of_clip, picture_marks
 
 REVIEWED = ("", "ok", "fix")
 NOTES = ".masked-loss-edit.json"  # in the folder of the masks: which ones a person has looked at
@@ -29,19 +30,23 @@ class Seen:
         state: "missing", "drawn", "mask" (of somebody else), or "unreadable".
         coverage: mean of the mask, 0 to 1; of a clip that of its first, middle and last frame.
         problems: one line each, the worst first.
+        marks: what is odd about a mask that nobody has drawn, one line each: hints.
     """
 
     state: str
     coverage: float | None
     problems: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
     @property
     def badness(self) -> float:
-        """Orders the list: what cannot be read first, then problems, then masks of odd sizes, then the others by coverage."""
+        """Orders the list: what cannot be read, problems, odd masks, none or all of a picture, the others by coverage."""
         if self.state == "unreadable":
             return 4
         if self.problems:
             return 3
+        if self.marks:
+            return 2.5
         coverage = self.coverage or 0
         return 2 if not SMALL < coverage < LARGE else abs(coverage - 0.5)
 
@@ -157,7 +162,12 @@ def examine(library: Library, number: int) -> Seen:
         found = [library.together(number, frame) for frame in frames]
         coverage = float(np.mean([mask.mean() / 255 for mask in found if mask is not None]))
         problems = ("nothing is masked: nothing is learned",) if coverage == 0 else ()
-        return Seen("drawn" if any(map(is_drawn, paths)) else "mask", coverage, problems)
+        if problems or any(map(is_drawn, paths)):
+            return Seen("mask" if problems else "drawn", coverage, problems)
+        if entry.is_clip:
+            return Seen("mask", coverage, marks=tuple(mark for path in paths for mark in marks_of_clip(path)))
+        assert found[0] is not None
+        return Seen("mask", coverage, marks=tuple(picture_marks(library.picture(entry), found[0] > 127)))
     except UserError as error:
         return Seen("unreadable", None, (str(error),))
     except Exception as error:

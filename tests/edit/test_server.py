@@ -157,6 +157,29 @@ def test_a_mask_is_saved_kept_apart_and_brought_back(server, lab):
     assert "not saved in this session" in error_of(again)
 
 
+def test_what_looks_odd_comes_first(tmp_path):
+    lab = Lab(tmp_path)
+    for name, mask in (("good", disc((160, 120))), ("empty", np.zeros((120, 160), np.uint8)), ("speck", None)):
+        picture = np.repeat(disc((160, 120))[..., None], 3, axis=2)  # shows what the good mask covers
+        Image.fromarray(picture).save(lab.images / f"{name}.png")
+        if mask is not None:
+            Image.fromarray(mask).save(lab.masks / f"{name}.png")
+    Image.fromarray(np.pad(np.full((3, 3), 255, np.uint8), ((60, 57), (80, 77)))).save(lab.masks / "speck.png")
+    (lab.images / "broken.png").write_bytes(b"no picture")
+    with running("--images", lab.images, "--masks", lab.masks, cwd=tmp_path) as server:
+        items = json.loads(request(f"{server.address}api/items")[1])["items"]
+        for _ in range(600):
+            news = json.loads(request(f"{server.address}api/news?since=0")[1])
+            if news["looked"] == len(items) and len(news["facts"]) == len(items):
+                break
+            threading.Event().wait(0.05)
+    facts = {items[int(number)]["name"]: found for number, found in news["facts"].items()}
+    order = sorted(facts, key=lambda name: -facts[name]["badness"])
+    assert order == ["broken.png", "empty.png", "speck.png", "good.png"]
+    assert "covers" in facts["speck.png"]["marks"][0]
+    assert facts["good.png"]["marks"] == []
+
+
 def test_generate_keeps_what_was_drawn(server, lab, capsys):
     blank, version = mask_of(server, 1)
     assert version == "none"

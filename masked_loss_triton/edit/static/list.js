@@ -120,8 +120,9 @@ export class List {
     if (facts?.reviewed === "ok") coverage.className = "ok";
     const problem = document.createElement("span");
     problem.className = "bad";
-    problem.textContent = facts?.problems[0] ?? "";
-    problem.title = facts?.problems.join("\n") ?? "";
+    const said = facts ? [...facts.problems, ...facts.marks] : [];
+    problem.textContent = said[0] ?? "";
+    problem.title = said.join("\n");
     node.append(image, title, coverage, problem);
     this.space.append(node);
     this.nodes.set(number, node);

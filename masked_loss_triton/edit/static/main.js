@@ -10,7 +10,7 @@ const list = new List((number) => (location.hash = `#${number}`));
 const editor = new Editor({
   facts: (number) => {
     const item = list.items[number];
-    return { name: item.name, reviewed: item.facts?.reviewed ?? "", problems: item.facts?.problems ?? [] };
+    return { name: item.name, reviewed: item.facts?.reviewed ?? "", problems: item.facts ? [...item.facts.problems, ...item.facts.marks] : [] };
   },
   go: (number, step) => {
     const next = list.neighbour(number, step);
