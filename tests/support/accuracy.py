@@ -69,6 +69,8 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
     bound = (tolerance * size + rounding) * abs(grad_output)
     if call.get("layout") == "layered":
         bound = bound.transpose(1, 2)
+    if call.get("layout") == "packed":
+        bound = bound.squeeze(2).transpose(1, 2)
     return loss.detach(), stats, gradient, bound.reshape(gradient.shape)
 
 

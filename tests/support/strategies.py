@@ -77,11 +77,14 @@ def calls(draw, dtypes=DTYPES, with_prior=None):
         return torch.randn(shape, generator=generator)
 
     config = draw(configs())
-    layout = draw(st.sampled_from(["video", "video", "image", "layered"]))
+    layout = draw(st.sampled_from(["video", "video", "image", "layered", "packed"]))
     batch, channels = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 4, 16]))
-    frames = 1 if layout == "image" else draw(st.sampled_from([1, 2, 3, 5]))
+    frames = 1 if layout in ("image", "packed") else draw(st.sampled_from([1, 2, 3, 5]))
     height, width = draw(st.sampled_from([(1, 1), (3, 5), (4, 4), (6, 10), (7, 9), (13, 17)]))
+    if layout == "packed":
+        height, width = draw(st.sampled_from([(2, 2), (4, 6), (6, 10)]))
     shape = {
+        "packed": (batch, height * width // 4, 4 * channels),
         "video": (batch, channels, frames, height, width),
         "image": (batch, channels, height, width),
         "layered": (batch, frames, channels, height, width),
@@ -95,7 +98,7 @@ def calls(draw, dtypes=DTYPES, with_prior=None):
         target = FlowTarget(target, elements(draw(st.sampled_from(dtypes))), draw(st.sampled_from([1, -1])))
 
     mask_batch = draw(st.sampled_from([1, batch]))
-    if layout == "image":
+    if layout in ("image", "packed"):
         mask_frames = 1
     elif layout == "layered":
         mask_frames = draw(st.sampled_from([1, frames]))
@@ -121,6 +124,8 @@ def calls(draw, dtypes=DTYPES, with_prior=None):
     call = {}
     if layout == "layered":
         call["layout"] = "layered"
+    if layout == "packed":
+        call |= {"layout": "packed", "patches": (height // 2, width // 2)}
     if draw(st.booleans()) if with_prior is None else with_prior:
         call["prior"] = elements(draw(st.sampled_from(dtypes)))
         call["prior_gate"] = draw(
