@@ -3,8 +3,8 @@
     python hub/build.py FOLDER
 
 Writes FOLDER/build/VARIANT for torch on CUDA, ROCm and the CPU: the core and the kernels alone, every import relative, the
-operators under a name of their own, so that two versions, or the package beside them, live in one process. Then loads the variant of
-this machine in a process in which `import masked_loss_triton` fails, and compares its loss with the formula.
+operators under a name of their own, so that two versions, or the package beside them, live in one process. Then loads the variant
+of this machine in a process in which `import masked_loss_triton` fails, and compares its loss with the formula.
 """
 
 from __future__ import annotations

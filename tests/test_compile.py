@@ -123,10 +123,10 @@ def test_operators_keep_their_promises(device):
     operators = fused.OPERATORS
     tensors = (pred, target, None, prior, mask, *none)
     for write in (True, False):
-        torch.library.opcheck(operators.forward, (*tensors, 1, 0.5, text, True, write), test_utils=tests)
+        torch.library.opcheck(operators.forward, (*tensors, 1, 0.5, [], text, True, write), test_utils=tests)
     go = torch.tensor(2.0, device=device)
-    torch.library.opcheck(operators.gradient, (*tensors, 1, 0.5, text, go), test_utils=tests)
-    torch.library.opcheck(operators.sums, (*tensors, 1, 0.5, text), test_utils=tests)
+    torch.library.opcheck(operators.gradient, (*tensors, 1, 0.5, [], text, go), test_utils=tests)
+    torch.library.opcheck(operators.sums, (*tensors, 1, 0.5, [], text), test_utils=tests)
 
 
 def test_it_can_be_exported(device):

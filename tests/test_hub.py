@@ -11,7 +11,8 @@ BUILD = pathlib.Path(__file__).parent.parent / "hub" / "build.py"
 
 
 def test_it_loads_where_the_package_is_not(tmp_path):
-    pytest.importorskip("kernels")
+    if not hasattr(pytest.importorskip("kernels"), "get_local_kernel"):  # the folder of this repository
+        pytest.skip("the package kernels of the Hugging Face hub is not installed")
     finished = subprocess.run([sys.executable, BUILD, tmp_path], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "loaded without the package" in finished.stdout
