@@ -7,11 +7,14 @@ what is heavy inside `run`, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.progress import printable
@@ -38,14 +41,49 @@ EXTRAS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, with the flag that was probably meant, and ends with status 2."""
+
+    commands: Any = None
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        near = difflib.get_close_matches(wrong[1], COMMANDS, 1) if wrong else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, printable(f"{self.prog}: {message}{hint} (--help shows all)") + "\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands.choices[found.command] if self.commands is not None else self
+            flags = [flag for flag in command._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.75)
+            command.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
+
+class Version(argparse.Action):
+    """Prints the version, read from what is installed: importing torch for it would take seconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            parser.exit(0, f"masked_loss_triton {version('masked_loss_triton')}\n")
+        except PackageNotFoundError:
+            parser.exit(0, "masked_loss_triton, not installed\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    """Makes the parser of the program, with one parser for each command."""
+    parser = Parser(
         prog="masked-loss",
         description="Masked loss for fine-tuning video and image diffusion models.",
         epilog="Exit status: 0 done, 1 the work found problems, 2 bad usage.",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version")
+    parser.commands = subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)
         command = subparsers.add_parser(
