@@ -48,7 +48,7 @@ def rejects(error, match, pred=PRED, target=None, mask=MASK, config=None, **call
             r"mask has 3 layers.*pred has 2",
             dict(pred=PRED[:, :2], mask=torch.ones(2, 3, 5, 7), layout="layered"),
         ),
-        (ValueError, r"layout must be one of 'channels_first', 'layered', got 'nhwc'", dict(layout="nhwc")),
+        (ValueError, r"layout must be one of 'channels_first', 'layered', 'packed', got 'nhwc'", dict(layout="nhwc")),
         (ValueError, r"weighting must hold one number per sample, \(2,\).*got \(3,\)", dict(weighting=torch.ones(3))),
         (ValueError, r"weighting must hold one number per sample.*got \(2, 4\)", dict(weighting=torch.ones(2, 4))),
         (TypeError, r"weighting must be a torch.Tensor, got float", dict(weighting=2.0)),
