@@ -27,6 +27,7 @@ COMMANDS = {
     "check": "masked_loss_triton.commands.check",
     "inspect": "masked_loss_triton.commands.inspect",
     "train": "masked_loss_triton.commands.train",
+    "crop": "masked_loss_triton.commands.crop",
     "to-alpha": "masked_loss_triton.commands.to_alpha",
     "bench": "masked_loss_triton.commands.bench",
 }

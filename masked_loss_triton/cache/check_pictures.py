@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from masked_loss_triton.cache.clip_masks import length_differs
 from masked_loss_triton.cache.inject import Prepared
-from masked_loss_triton.cache.items import Source
+from masked_loss_triton.cache.items import Source, bucket_size
 from masked_loss_triton.cache.kinds import Problem, problem
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.crops import cut_share
 from masked_loss_triton.masks.frames import (
     VIDEO_EXTENSIONS,
     clip_size,
@@ -26,6 +29,7 @@ from masked_loss_triton.masks.sources import aspect_differs, exif_orientation
 
 # Lossy formats do not keep pure black and white.
 NEARLY_BLACK, NEARLY_WHITE = 3, 252
+MOST_CUT = 0.05  # of a mask's weight: less is an edge
 
 
 def check_source(prepared: Prepared, source: Source) -> list[Problem]:
@@ -91,7 +95,8 @@ def _check_target(prepared: Prepared, source: Source, target: Path) -> list[Prob
                 found.append(problem(prepared, "missing", target, "no alpha channel, mask file or default mask"))
             return found
         return found + _check_mask(prepared, source, target, file, size)
-    return found + _check_values(prepared, target, int(mask.min()), int(mask.max()))
+    found += _check_values(prepared, target, int(mask.min()), int(mask.max()))
+    return found + _check_cut(prepared, target, size, mask)
 
 
 def _check_mask(prepared: Prepared, source: Source, target: Path, file: Path, size: tuple[int, int]) -> list[Problem]:
@@ -104,6 +109,8 @@ def _check_mask(prepared: Prepared, source: Source, target: Path, file: Path, si
     found = _check_size(prepared, target, file, (mask.shape[1], mask.shape[0]), size)
     if file != prepared.dataset.default_mask:
         found += _check_values(prepared, file, int(mask.min()), int(mask.max()))
+        if not any(one.kind == "aspect" for one in found):
+            found += _check_cut(prepared, target, size, mask)
     return found
 
 
@@ -118,6 +125,22 @@ def _check_size(
     if exif_orientation(target) >= 5 and not aspect_differs(mask[::-1], picture):
         return []  # named as "rotated"; the cache command turns the mask back
     return [problem(prepared, "aspect", file, f"{sizes}; make the mask from the same picture, uncropped")]
+
+
+def _check_cut(prepared: Prepared, target: Path, size: tuple[int, int], mask: np.ndarray) -> list[Problem]:
+    """How much of a mask the trainer's crop cuts off. A mask that covers everything is cut wherever the picture is."""
+    if mask.min() >= NEARLY_WHITE / 255 * mask.max() or prepared.dataset.operations.mask_bake_invert:
+        return []
+    bucket = bucket_size(size, prepared.dataset, prepared.family)
+    # A mask of half the picture's size is cut as one of its size is.
+    scale = np.array(size) / mask.shape[::-1]
+    share = cut_share(mask, bucket, (float(scale[0]), float(scale[1])))
+    if share <= MOST_CUT:
+        return []
+    note = (
+        f"{share:.0%} of its mask is cut off by the crop to {bucket[0]}x{bucket[1]}: masked-loss crop keeps all of it"
+    )
+    return [problem(prepared, "cut", target, note)]
 
 
 def _check_order(prepared: Prepared, clip: Path) -> list[Problem]:
@@ -136,11 +159,14 @@ def _check_frames(
 ) -> list[Problem]:
     found: list[Problem] = []
     count, low, high, sizes = 0, 255, 0, {size}
+    whole: np.ndarray | None = None  # the sum of all frames of the clip's size: its crop is that of each of them
     for frame in read_frames(file, alpha, target):
         shape = (frame.shape[1], frame.shape[0])
         if shape not in sizes:
             sizes.add(shape)
             found += _check_size(prepared, target, file, shape, size)
+        elif shape == size:
+            whole = frame.astype(np.uint32) if whole is None else whole + frame
         count, low, high = count + 1, min(low, int(frame.min())), max(high, int(frame.max()))
     if count == 0:
         return [problem(prepared, "empty", file, "no frames in it")]
@@ -149,6 +175,8 @@ def _check_frames(
         short = _too_short(prepared, source, count)
         if short or note:
             found.append(problem(prepared, "frames", file, short or note))
+    if whole is not None:
+        found += _check_cut(prepared, target, size, whole)
     return found + _check_values(prepared, file, low, high)
 
 

@@ -273,13 +273,15 @@ def bucket_size(size: tuple[int, int], dataset: Dataset, family: Family) -> tupl
         return width, height
     if dataset.bucket_no_upscale and size[0] * size[1] <= width * height:
         return size[0] // step * step, size[1] // step * step
-    buckets = _buckets(width * height, step)
+    buckets = buckets_of(dataset.resolution, step)
     aspect = size[0] / size[1]
     return min(buckets, key=lambda bucket: (abs(bucket[0] / bucket[1] - aspect), bucket))
 
 
 @functools.cache
-def _buckets(area: int, step: int) -> list[tuple[int, int]]:
+def buckets_of(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
+    """Returns the (width, height) of the buckets that the trainer has for a resolution, in order."""
+    area = resolution[0] * resolution[1]
     side = int(math.sqrt(area))
     buckets = set()
     for width in range(max(side // 2 // step * step, step), side + step, step):

@@ -14,6 +14,7 @@ KINDS = {
     "empty": "a mask without any weight: nothing is learned",
     "full": "a mask that covers everything: it changes nothing",
     "size": "mask and picture differ in size: the mask is resized",
+    "cut": "the trainer's crop cuts off more than a twentieth of the mask",
     "aspect": "mask and picture differ in shape by more than 1%: the cache command refuses it",
     "frames": "mask and clip differ in their number of frames",
     "order": "frames of a clip that the trainer reads in another order than that of their numbers",

@@ -89,6 +89,7 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
         ("empty", "empty.png"),
         ("empty", "empty_0160x0120_wan.safetensors"),
         ("empty", "cropped_0160x0120_wan.safetensors"),
+        ("cut", "cropped.png"),
         ("full", "full.png"),
         ("size", "half.png"),
         ("aspect", "square.png"),
@@ -309,3 +310,14 @@ def test_a_clip_whose_frames_the_trainer_mixes_up(tmp_path, capsys):
     texts = sorted(range(11), key=str)
     expected = clip_expected([frames_of(11)[t] for t in texts], 0, 9, 3)
     assert torch.equal(weights(path), expected), "the mask follows the clip as the trainer reads it"
+
+
+@pytest.mark.parametrize("width", [128, 600, 1200])
+def test_what_the_trainers_crop_cuts_off_a_clips_mask_is_told(tmp_path, capsys, width):
+    """A disc that moves from the left to the right: a bucket is four times as long as it is high, which 600 pixels nearly are and 1200 are not."""
+    frames = frames_of(9, (width, 128))
+    lab = video_lab(tmp_path, frames)
+    (lab.masks / "clip").mkdir()
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t}.png")
+    assert problems(lab, capsys) == ({("cut", "clip.mp4")} if width == 1200 else set())
