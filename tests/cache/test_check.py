@@ -314,7 +314,7 @@ def test_a_clip_whose_frames_the_trainer_mixes_up(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [128, 600, 1200])
 def test_what_the_trainers_crop_cuts_off_a_clips_mask_is_told(tmp_path, capsys, width):
-    """A disc that moves from the left to the right: a bucket is four times as long as it is high, which 600 pixels nearly are and 1200 are not."""
+    """A disc that moves to the right. A bucket is at most four times as long as it is high: 600 pixels fit nearly, 1200 do not."""
     frames = frames_of(9, (width, 128))
     lab = video_lab(tmp_path, frames)
     (lab.masks / "clip").mkdir()
