@@ -116,7 +116,8 @@ class LossInputs:
 def _tensor(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
+    # A view of an imaginary part may say "negate me", which kernels do not read.
+    return value.resolve_neg() if not torch.compiler.is_compiling() and value.is_neg() else value
 
 
 def _dtype(name: str, value: torch.Tensor, accepted: tuple[torch.dtype, ...], hint: str = "") -> None:
@@ -259,7 +260,7 @@ def describe(
     """Validates one call of `masked_loss` and returns it in one form. See there for the arguments."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    _tensor("pred", pred)
+    pred = _tensor("pred", pred)
     if pred.dim() not in {"channels_first": (4, 5), "layered": (5,), "packed": (3,)}[layout]:
         raise ValueError(f"pred must be {PRED_SHAPES[layout]} with layout={layout!r}, got {tuple(pred.shape)}")
     if 0 in pred.shape:

@@ -125,6 +125,8 @@ class ClosedFormLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output, *_sums):
+        if grad_output is None:  # a later function has no gradient to give
+            return (None,) * len(ctx.needs_input_grad)
         refuse_second_derivative()
         saved, pred, target, latents, prior, a, b, delta = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None

@@ -79,7 +79,9 @@ class FusedLoss(torch.autograd.Function):
         return total, numbers
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor, _numbers: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _numbers: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None:  # a later function has no gradient to give
+            return None, None, None, None, None
         refuse_second_derivative()
         tensors = ctx.saved_tensors  # refuses where one of them was changed, or freed
         gradient, ctx.gradient = ctx.gradient, None
@@ -188,7 +190,7 @@ def run(
             write_gradient=write_gradient,
             stats=stats,
         )
-        if recording is not None and recording.forward is None:
+        if recording is not None and recording.forward is None and not recording.cannot:
             recording.keep_forward(launches, inputs, outputs, repeated)
     return outputs
 

@@ -74,6 +74,9 @@ class Replay:
         orders = [[next(ahead) if isinstance(item, tuple) else item for item in row] for row in arguments]
         self.constants = tuple(constants)
         self.bundles = [itemgetter(*bundle) for bundle in bundles]
+        self.kernels = [
+            launch.kernel for launch in launches.made
+        ]  # a kernel that is dropped takes its code off the device
         self.launches = [
             (kernel.run, (*grid, 1, 1)[:3], (kernel.function, kernel.packed_metadata), itemgetter(*order))
             for (kernel, grid, _), order in zip(launches.made, orders, strict=True)
@@ -101,6 +104,7 @@ class Recording:
 
     def __init__(self, layout: str, dim: int) -> None:
         self.layout, self.dim = layout, dim
+        self.cannot = False  # be repeated: seen, and not to be tried again
         self.repeat: Callable[..., Any] | None = None  # gives the loss of a later call: `repeated` of fused.py
         self.forward: Replay | None = None
         self.backward: Replay | None = None
@@ -115,9 +119,10 @@ class Recording:
         """Keeps the launches of a call with these outputs: loss, stats and gradient, the last two empty where not asked for."""
         gradient = outputs[2]
         kept = self._replay(launches, [*(getattr(call, name) for name in TENSORS), *outputs])
+        if kept is None:
+            return
         self.gradient_strides = as_given(gradient, self.layout, self.dim).stride() if gradient.numel() else None
-        self.forward = kept
-        self.repeat = None if kept is None else repeat
+        self.forward, self.repeat = kept, repeat
 
     def keep_backward(self, launches: Launches, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
         """Keeps the launch that scales a gradient."""
@@ -137,6 +142,7 @@ class Recording:
         try:
             return Replay(launches, tensors)
         except KeyError:
+            self.cannot = True
             return None
 
     def stream(self) -> int | None:
@@ -149,24 +155,35 @@ class Recording:
         return self.driver.get_current_stream(self.device)
 
 
+# The innermost hooks of `torch.autograd.graph.saved_tensors_hooks`, or None; from torch 2.6 on they can be asked for.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
+
 @functools.lru_cache(maxsize=256)
 def _recording(layout: str, dim: int, *_rest: object) -> Recording:
     return Recording(layout, dim)
 
 
 def recording_of(tensors: Tensors, layout: str, *options: object) -> Recording | None:
-    """What is kept of calls of this form; None for what has no form: traced or faked, under torch.func, with tangents, or wrong."""
+    """What is kept of calls of this form; None for what has no form: traced or faked, watched by a mode or by hooks of saved
+    tensors (a checkpoint compares what its two passes save), under torch.func, with tangents, or wrong."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    if torch._C._len_torch_dispatch_stack() or _hooks_of_saved_tensors(True) is not None:
         return None
     form: list[object] = [torch.is_grad_enabled(), *options]
     try:
         for x in tensors:
             if x is None:
                 form.append(None)
-            elif type(x) in _PLAIN:
+            elif type(x) in _PLAIN and not x.is_neg():
                 form += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % ALIGNMENT
             else:
                 return None
         return _recording(layout, tensors[0].dim(), *form)  # type: ignore[union-attr]
-    except (RuntimeError, TypeError):  # no strides, or an option that is no option: `describe` says so
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ):  # no tensor, no strides, or an option that is no option: `describe` says so
         return None

@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
 from masked_loss_triton.backend import replay
 from tests.support import replayed
@@ -199,3 +202,68 @@ def test_forms_are_forgotten_before_they_fill_the_memory():
         replay.recording_of((torch.empty(1, 1, size),), "channels_first")
     assert replay._recording.cache_info().currsize == 256
     replay._recording.cache_clear()
+
+
+def test_a_checkpoint_takes_the_whole_way_in_both_passes(launched):
+    """It compares what the two passes save, which a call that is repeated saves in another form."""
+    for shape, size in (((2, 4, 5, 6), (2, 5, 6)), ((2, 4, 3, 5, 6), (2, 1, 3, 5, 6))):
+        for _ in range(3):
+            leaf, target, mask = draw(shape).requires_grad_(), draw(shape), torch.rand(size)
+            loss = checkpoint(
+                lambda x, t, m: masked_loss(x, t, m, backend="triton"), leaf, target, mask, use_reentrant=False
+            )
+            (found,) = torch.autograd.grad(loss, leaf)
+            expected = torch.autograd.grad(masked_loss(leaf, target, mask, backend="reference"), leaf)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_under_a_mode_of_fakes_nothing_is_launched(launched):
+    given = arguments(shape=(2, 4, 5, 6), mask=lambda: torch.rand(2, 5, 6))
+    result(*given)
+    result(*given)
+    assert launched
+    launched.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        masked_loss(*given[:3], backend="triton")
+    assert launched == []
+
+
+def test_a_form_that_cannot_be_recorded_is_tried_once(launched, monkeypatch):
+    tried = []
+    monkeypatch.setattr(replay, "Replay", lambda *given, made=replay.Replay: tried.append(1) or made(*given))
+    for _ in range(3):  # the kernels take a copy of the one number, which nobody gave
+        result(*arguments(weighting=lambda: torch.rand(1)))
+    assert len(tried) == 2, "the forward once, and the launch that scales the gradient once"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_gradient_that_nobody_gives_is_none(launched, backend):
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return None
+
+    for _ in range(2):
+        pred, target, mask, _ = arguments()
+        leaf = pred.requires_grad_()
+        (Dropped.apply(masked_loss(leaf, target, mask, backend=backend)) + 0 * leaf.sum()).backward()
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_is_no_tensor_is_told(launched, backend):
+    with pytest.raises(TypeError, match=r"pred must be a torch\.Tensor, got NoneType"):
+        masked_loss(None, draw(), torch.rand(2, 3, 4, 6), backend=backend)
+
+
+def test_a_view_that_is_to_be_negated_is_negated(launched):
+    pred, _, mask, _ = arguments()
+    for _ in range(2):
+        target = torch.complex(draw(), draw()).conj().imag
+        assert target.is_neg()
+        found = masked_loss(pred, target, mask, backend="triton")
+        torch.testing.assert_close(found, masked_loss(pred, target, mask, backend="reference"), rtol=1e-5, atol=0)
