@@ -41,14 +41,14 @@ class Copies:
             absent.touch()
 
     def take_away(self, path: Path) -> None:
-        """Moves a mask to the copies."""
+        """Moves a mask to the copies, beside those that are there."""
         if os.path.lexists(path):
             copy = self.place(path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, copy)
+            os.replace(path, _free(copy))
 
     def restore(self, paths: Collection[Path]) -> bool:
-        """Brings masks back to what they were; False where the session changed none of them."""
+        """Brings masks back to what they were; what is there now goes to the copies. False where the session changed none."""
         changed = False
         for path in paths:
             copy = self.place(path)
@@ -56,13 +56,18 @@ class Copies:
             if not os.path.lexists(copy) and not absent.exists():
                 continue
             changed = True
-            if path.is_dir():
-                leaving = temporary_name(path)
-                os.replace(path, leaving)
-                shutil.rmtree(leaving, ignore_errors=True)
+            if os.path.lexists(path):
+                os.replace(path, _free(copy.with_name(f"reverted-{copy.name}")))
             if os.path.lexists(copy):
                 os.replace(copy, path)
-            else:
-                path.unlink(missing_ok=True)
-                absent.unlink(missing_ok=True)
+            absent.unlink(missing_ok=True)
         return changed
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number in front of its name where something has that name."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{number}-{path.name}")
+    return free

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from masked_loss_triton.cache.families import Family
 from masked_loss_triton.cache.inject import Prepared
 from masked_loss_triton.edit.copies import Copies
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.files.atomic import replace_file
+from masked_loss_triton.files.atomic import check_replaceable, replace_file
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.generate.jobs import find_jobs
 from masked_loss_triton.generate.mask_files import is_mask, write_frames
@@ -36,10 +37,11 @@ from masked_loss_triton.masks.frames import (
     read_frames,
     to_uint8,
 )
-from masked_loss_triton.masks.reading import open_image, read_mask_file, read_picture
+from masked_loss_triton.masks.reading import opaque, open_image, read_alpha, read_mask_file, read_picture
 from masked_loss_triton.masks.sources import EXIF_ORIENTATION, align_to_picture, exif_orientation
 
 DRAWN = {"drawn": "masked-loss edit"}
+CARRIED = {**DRAWN, "carried": True}  # by a program from a frame that was drawn
 CLIPS_OPEN = 2  # decoded at a time
 FRAMES_OPEN = 400  # of a clip: 400 frames of 832 x 480 are half a gigabyte
 
@@ -60,6 +62,7 @@ class Entry:
         is_clip: whether it is a clip.
         dataset, family: decide the size of its latents.
         prepared: the dataset with its caches, where there is a dataset file.
+        fixed: the mask that a line of the dataset's list names, which alone is read.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Entry:
     dataset: Dataset
     family: Family
     prepared: Prepared | None = None
+    fixed: Path | None = None
 
     @property
     def stem(self) -> str:
@@ -127,11 +131,11 @@ def entries_of_dataset(prepared: Prepared, label: str = "") -> list[Entry]:
         found = own or (prepared.masks.find(name, dataset.is_video) if prepared.masks else None)
         target = folder / (name if dataset.is_video else f"{name}.png")
         # A mask that a line of a JSON lines file names is written where it stands.
-        if own is not None and own.suffix.lower() == ".png":
+        if own is not None and own.suffix.lower() == ".png" and not dataset.is_video:
             target = own
         masks = (found,) if found is not None else ()
         entries.append(
-            Entry(picture.name, picture, target, masks, dataset.is_video, dataset, prepared.family, prepared)
+            Entry(picture.name, picture, target, masks, dataset.is_video, dataset, prepared.family, prepared, own)
         )
     return entries
 
@@ -154,7 +158,12 @@ class Library:
 
     def __init__(self, entries: Sequence[Entry], labels: Mapping[str, Sequence[Entry]] | None = None) -> None:
         self.entries, self.labels = list(entries), dict(labels or {})
-        self.copies = Copies(time.strftime("%Y%m%d-%H%M%S"))
+        self.copies = Copies(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+        owners: dict[str, set[str]] = {}
+        for entry in itertools.chain(self.entries, *self.labels.values()):
+            for path in {entry.target, *entry.masks}:
+                owners.setdefault(os.path.abspath(path), set()).add(os.path.abspath(entry.source))
+        self._shared = {path for path, sources in owners.items() if len(sources) > 1}
         self.writing = threading.Lock()
         self._frames = functools.lru_cache(CLIPS_OPEN)(_decode_clip)
         self._decoding = threading.Lock()
@@ -231,7 +240,14 @@ class Library:
         pixels = to_uint8(read_mask_file(path, exif=False))
         return Opened(align_to_picture(pixels, size, path, entry.source), version)
 
-    def save(self, entry: Entry, pixels: np.ndarray, version: str | None, frame: int = 0) -> str:
+    def save(
+        self,
+        entry: Entry,
+        pixels: np.ndarray,
+        version: str | None,
+        frame: int = 0,
+        note: Mapping[str, object] = DRAWN,
+    ) -> str:
         """Writes the mask of a picture or of one frame, as 8-bit grey PNG, and keeps what was there before.
 
         Args:
@@ -239,6 +255,7 @@ class Library:
             pixels: (H, W) uint8, as the picture is stored.
             version: of the mask that was opened; None writes over whatever is there now.
             frame: of a clip.
+            note: what is noted in the file.
 
         Returns:
             The new version.
@@ -251,6 +268,7 @@ class Library:
         if pixels.shape != size[::-1]:
             raise UserError(f"{entry.source} is {size[0]}x{size[1]} now: open it again")
         with self.writing:
+            self._check_may_be_saved(entry)
             if version is not None and self.mask(entry, frame).version != version:
                 raise Changed(f"the mask of {entry.name} was changed by another tab or program")
             self.copies.keep(entry.target)
@@ -260,10 +278,42 @@ class Library:
                 entry.target.parent.mkdir(parents=True, exist_ok=True)
                 file = entry.target
             orientation = 1 if entry.is_clip else exif_orientation(entry.source)
-            replace_file(file, lambda data: _save(data, pixels, orientation))
+            replace_file(file, lambda data: _save(data, pixels, orientation, note))
             if not entry.is_clip:
                 self._take_others_away(entry)
             return _version(file)
+
+    def _check_may_be_saved(self, entry: Entry) -> None:
+        """Refuses where a saved mask would not be the one that `cache` reads, or would change that of something else.
+
+        Raises:
+            UserError: naming the mask, and what to do.
+        """
+        for path in (entry.target, *entry.masks):
+            if os.path.abspath(path) in self._shared:
+                raise UserError(f"{path} would be the mask of several pictures or clips: give each one of its own")
+            if os.path.islink(path):
+                raise UserError(f"{path} is a link: put the mask itself in its place to change it here")
+            if path.is_file():
+                check_replaceable(path)
+        if entry.fixed is not None and entry.fixed != entry.target:
+            raise UserError(
+                f"{entry.fixed} is named by a list, where only the PNG of a picture can be changed: leave mask_path out"
+            )
+        if entry.dataset.alpha_mask and not entry.is_clip:
+            alpha = read_alpha(entry.source, exif=False)
+            if alpha is not None and not opaque(alpha):
+                raise UserError(
+                    f"{entry.source} has its mask in its alpha channel, which is read before files (alpha_mask)"
+                )
+
+    def is_drawn_frame(self, entry: Entry, frame: int) -> bool:
+        """Whether the mask of a frame was drawn by hand in the editor, and not carried there."""
+        if not entry.target.is_dir():
+            return False
+        files = mask_frame_files(entry.target, entry.source)
+        note = read_png_note(files[frame]) if frame < len(files) else None
+        return note is not None and "drawn" in note and "carried" not in note
 
     def revert(self, entry: Entry) -> bool:
         """Puts back what was there when this session first saved the entry; False where it saved nothing."""
@@ -281,7 +331,7 @@ class Library:
         if not entry.target.is_dir():
             still = entry.mask()
             count = self.frame_count(entry)
-            write_frames(entry.target, ((mask, DRAWN) for mask in self._all(entry, still, count)), lambda path: None)
+            write_frames(entry.target, ((mask, CARRIED) for mask in self._all(entry, still, count)), lambda path: None)
             self._take_others_away(entry)
         files = mask_frame_files(entry.target, entry.source)
         if frame >= len(files):
@@ -318,14 +368,14 @@ def _decode_clip(source: Path) -> list[np.ndarray]:
     return frames
 
 
-def _save(file: BinaryIO, pixels: np.ndarray, orientation: int) -> None:
+def _save(file: BinaryIO, pixels: np.ndarray, orientation: int, note: Mapping[str, object]) -> None:
     extra = {}
     if orientation > 1:
         # Programs that turn the picture upright turn its mask as well.
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
         extra["exif"] = exif.tobytes()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=png_note(DRAWN), **extra)
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=png_note(dict(note)), **extra)
 
 
 def _version(path: Path) -> str:

@@ -109,7 +109,8 @@ class Survey:
         if state not in REVIEWED:
             raise UserError(f"a mark is one of {', '.join(map(repr, REVIEWED))}, got {state!r}")
         with self.lock:
-            self.reviewed[self.library.entries[number].name] = state
+            # Another editor may have marked others meanwhile.
+            self.reviewed = {**self._read_reviews(), self.library.entries[number].name: state}
             text = json.dumps({"reviewed": {name: mark for name, mark in self.reviewed.items() if mark}}, indent=0)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.file, lambda data: data.write(text.encode()))
@@ -123,7 +124,7 @@ class Survey:
                 "position": len(self.changes),
                 "looked": len(self.seen),
                 "total": len(self.library.entries),
-                "facts": {number: self._facts(number) for number in numbers},
+                "facts": {number: self._facts(number) for number in numbers if number in self.seen},
             }
 
     def _facts(self, number: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from masked_loss_triton.edit.clicks import Selector
-from masked_loss_triton.edit.library import Entry, Library
+from masked_loss_triton.edit.library import CARRIED, Entry, Library
 from masked_loss_triton.errors import UserError
 
 
@@ -69,14 +69,20 @@ def carry(library: Library, entry: Entry, selector: Selector, frame: int, last: 
     def work(task: Task) -> str:
         step = 1 if last > frame else -1
         numbers = list(range(frame, last + step, step))
+        drawn = next((number for number in numbers[1:] if library.is_drawn_frame(entry, number)), None)
+        if drawn is not None:
+            numbers = numbers[: numbers.index(drawn)]
+        stopped = "" if drawn is None else f"; frame {drawn} was drawn, and stays"
+        if len(numbers) < 2:
+            raise UserError(f"frame {drawn} was drawn: it is not written over")
         pictures = [library.picture(entry, number) for number in numbers]
         mask = library.mask(entry, frame).pixels
         # All masks first: SAM 2's follow one another in its memory.
         for number, pixels in zip(numbers[1:], selector.follow(pictures, mask), strict=True):
-            library.save(entry, pixels, None, number)
+            library.save(entry, pixels, None, number, CARRIED)
             task.done += 1
         saved()
-        return f"carried frame {frame} to frames {min(numbers[1:])} to {max(numbers[1:])}"
+        return f"carried frame {frame} to frames {min(numbers[1:])} to {max(numbers[1:])}{stopped}"
 
     return work
 
