@@ -79,9 +79,8 @@ class CacheReport:
             for label, share in (one.labels or {UNLABELLED: one.covered if labelled else 0.0}).items():
                 shares[label] += share
         named = options.label_weights
-        # A label that covers nothing anywhere is no measure of the others.
         there = [label for label, share in shares.items() if share or (label in named and labelled)]
-        return complete_weights(named, there)
+        return complete_weights(named, there, absent=[label for label in there if not shares[label]])
 
     def warnings(self, options: MaskOptions) -> list[str]:
         """What would be applied twice, or to caches that cannot stand it."""

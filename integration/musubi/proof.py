@@ -83,7 +83,7 @@ class Proof:
 
     def note(self, step: Step, stats: MaskedLossStats, pred: torch.Tensor, target: torch.Tensor) -> None:
         """Keeps the numbers of a micro-batch, and says what goes wrong."""
-        self._last = step, stats
+        self._last, self._labels = (step, stats), {}
         if self._tracked and step.labels and step.mask is not None:
             kept = step.routed.kept.positions if step.routed is not None and step.routed.kept is not None else None
             self._labels = label_logs(pred, target, step.labels, self.config, step.layout, kept)

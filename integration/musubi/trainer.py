@@ -132,8 +132,13 @@ class Masked:
         check_family(options, self.architecture)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
         masked = MaskedTraining(options, report.family, report, _say)
-        if options.mask_given_frames == "ignore" and not getattr(self, "i2v_training", False):
-            notes.append("--mask_given_frames ignore does nothing: this training is given no frames")
+        if options.mask_given_frames == "ignore":
+            if report.family.given_mask is None and not report.family.given_first:
+                raise UserError(
+                    "--mask_given_frames ignore: it is not known which frames this model family is given", 2
+                )
+            if not getattr(self, "i2v_training", False):
+                notes.append("--mask_given_frames ignore does nothing: this training is given no frames")
         factors = ", ".join(f"{label} {factor:.3g}" for label, factor in masked.factors.items())
         labels = [f"labels weigh, in units of the largest weight: {factors}"] if factors else []
         _say(*banner(options), *report.summary(), *labels, *notes, *_misspelled(args), *report.warnings(options))

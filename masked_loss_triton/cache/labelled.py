@@ -108,7 +108,8 @@ def _shares(masks: Masks, item: CacheItem, shape: LatentShape, dataset: Dataset)
         np.zeros(present[0].shape, np.uint8) if mask is None else dataset.operations.apply(mask, item.stem)
         for mask in masks
     ]
-    cells = [to_latent(resize_to_bucket(part, shape.bucket), (shape.height, shape.width)) for part in split(edited)]
+    size = (shape.height, shape.width)
+    cells = [to_latent(resize_to_bucket(part, shape.bucket), size) for part in split(edited, plain=True)]
     return within_one(np.stack(cells))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -57,19 +57,25 @@ def labels_in(metadata: dict[str, str]) -> tuple[str, ...]:
     return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else ()
 
 
-def split(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+def split(masks: Sequence[np.ndarray], plain: bool = False) -> list[np.ndarray]:
     """Gives each pixel to one mask: what the earlier ones leave of it.
 
     Args:
         masks: (H, W) uint8 each, of one size, the first in the order first; grey edges are shares of a pixel.
+        plain: the last one is that of the whole, which the others are parts of: it has what it covers more than they do, so that
+            edges that it shares with a part stay as they are.
 
     Returns:
         Masks of the same shapes whose sum is nowhere above 255.
     """
     left = np.full(masks[0].shape, 255, np.uint8)
     parts = []
-    for mask in masks:
-        parts.append(np.minimum(mask, left))
+    for number, mask in enumerate(masks):
+        if plain and number == len(masks) - 1:
+            covered = 255 - left
+            parts.append(np.where(mask > covered, mask - covered, 0).astype(np.uint8))
+        else:
+            parts.append(np.minimum(mask, left))
         left = left - parts[-1]
     return parts
 
@@ -80,14 +86,14 @@ def within_one(shares: np.ndarray) -> np.ndarray:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Reads LABEL=WEIGHT, several with blanks or commas between them.
+    """Reads LABEL=WEIGHT or LABEL:WEIGHT, several with blanks or commas between them.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
     weights: dict[str, float] = {}
     for one in text.replace(",", " ").split():
-        label, equals, number = one.partition("=")
+        label, equals, number = one.partition("=" if "=" in one else ":")
         try:
             weight = float(number)
         except ValueError:
@@ -100,8 +106,10 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def complete_weights(given: dict[str, float], known: Iterable[str]) -> dict[str, float]:
+def complete_weights(given: dict[str, float], known: Iterable[str], absent: Collection[str] = ()) -> dict[str, float]:
     """A factor for each label that there is, the largest 1; a label without a weight weighs as much as the weight 1.
+
+    Labels that are `absent`, known but nowhere covering anything, are no measure of the others.
 
     Raises:
         UserError: for a label that there is not, and where everything weighs 0.
@@ -116,7 +124,7 @@ def complete_weights(given: dict[str, float], known: Iterable[str]) -> dict[str,
             )
             raise UserError(f"--mask_weights: no label {label!r}; {there}", 2)
     weights = {label: given.get(label, 1.0) for label in known}
-    largest = max(weights.values(), default=1.0)
+    largest = max((weight for label, weight in weights.items() if label not in absent), default=1.0)
     if not largest:
         raise UserError("--mask_weights gives every label the weight 0: nothing would be learned", 2)
     return {label: weight / largest for label, weight in weights.items()}

@@ -184,7 +184,8 @@ def _weighted(masks: list[np.ndarray | None], labels: list[str], weights: dict[s
     present = [(mask, label) for mask, label in zip(masks, labels, strict=True) if mask is not None]
     factors = complete_weights(weights, {**weights, UNLABELLED: 1.0})  # the same scale for every picture
     total = np.zeros(present[0][0].shape, np.float32)
-    for part, (_, label) in zip(split([mask for mask, _ in present]), present, strict=True):
+    parts = split([mask for mask, _ in present], plain=present[-1][1] == UNLABELLED)
+    for part, (_, label) in zip(parts, present, strict=True):
         total += part * np.float32(factors[label])
     return np.rint(total).astype(np.uint8)
 
