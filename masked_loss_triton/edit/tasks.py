@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from masked_loss_triton.edit.clicks import Selector
 from masked_loss_triton.edit.library import CARRIED, Entry, Library
 from masked_loss_triton.errors import UserError
+
+PROGRESS = re.compile(r"masks \[?.*?\b(\d+)/(\d+)\b")  # a line of the command's progress bar
 
 
 class Busy(UserError):
@@ -88,27 +91,21 @@ def carry(library: Library, entry: Entry, selector: Selector, frame: int, last: 
 
 
 def write_caches(words: list[str]) -> Callable[[Task], str]:
-    """Returns the work of `masked-loss cache` with these words of a command line; its report is the last text."""
+    """Returns the work of `masked-loss cache` with these words of a command line, in a process of its own; its report is the last
+    text."""
 
     def work(task: Task) -> str:
-        from masked_loss_triton.cli import build_parser, explain
-
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            try:
-                command = build_parser().parse_args(["cache", *words])
-                status = command.run(command)
-            except SystemExit:
-                status = 2
-            except Exception as error:
-                explained = explain(error)
-                if explained is None:
-                    raise
-                said.write(explained[0])
-                status = explained[1]
-        text = said.getvalue().strip()
-        if status:
-            raise UserError(text)
-        return text
+        command = [sys.executable, "-m", "masked_loss_triton", "cache", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            said = []
+            for line in process.stdout:
+                if counted := PROGRESS.match(line):
+                    task.done, task.total = int(counted[1]), int(counted[2])
+                else:
+                    said.append(line.rstrip())
+        if process.returncode:
+            raise UserError("\n".join(said))
+        return "\n".join(said)
 
     return work

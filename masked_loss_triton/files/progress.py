@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def speed(rate: float) -> str:
+    """Items per second, or where they take longer than a second, seconds for each."""
+    return f"{rate:.1f}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
+
+
 class Progress:
     """Counts items of work, and shows how many are done, how fast, and how long the rest will take.
 
@@ -69,7 +74,7 @@ class Progress:
         filled = BAR * min(self.done, self.total) // self.total
         line = f"{self.label} [{'#' * filled}{'.' * (BAR - filled)}] {self.done}/{self.total}"
         if self.done:  # before the first one is done nobody knows how long one takes
-            line += f"  {self.rate:.1f}/s  {max(self.total - self.done, 0) / self.rate:.0f} s left"
+            line += f"  {speed(self.rate)}  {max(self.total - self.done, 0) / self.rate:.0f} s left"
         return f"{line}  {note}" if note else line
 
     def _print(self, line: str, end: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_loss_triton.files.progress import printable
+from masked_loss_triton.files.progress import printable, speed
 from masked_loss_triton.generate.batches import Done, Generation
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import read_note
@@ -87,7 +87,7 @@ class Summary:
         if self.present or self.drawn:
             counts.append(f"{self.present + len(self.drawn)} already there")
         counts += [f"{len(self.nothing)} without a detection", f"{len(self.problems)} problems"]
-        print(f"{', '.join(counts)} ({self.rate:.1f}/s)")
+        print(f"{', '.join(counts)} ({speed(self.rate)})")
         if self.means:
             mean = sum(self.means) / len(self.means)
             print(f"Mean weight {mean:.1%}, {min(self.means):.1%} to {max(self.means):.1%}")
