@@ -50,16 +50,17 @@ export class Editor {
     element("label").replaceChildren(...["", ...labels].map((label) => new Option(label || "everything", label)));
   }
 
-  /** Opens a picture, or a frame of a clip (`keep`: without moving the view). */
-  async open(number, frame = 0, keep = false) {
-    const opening = (this.opening = Symbol());
+  /** Opens a picture, or a frame of a clip (`keep`: without moving the view; `again`: unless it was edited meanwhile). */
+  async open(number, frame = 0, keep = false, again = false) {
+    const opening = (this.opening = { number, frame });
+    const label = element("label").value;
     const [picture, mask] = await Promise.all([
       ask(this.address("picture", "", number, frame)),
       ask(this.address("mask", "", number, frame)),
     ]);
     const pixels = new Uint8Array(await mask.arrayBuffer());
     const image = await createImageBitmap(await picture.blob(), { imageOrientation: "none" });
-    if (this.opening !== opening) return;
+    if (this.opening !== opening || (again && this.history?.changed)) return;
     const [width, height] = mask.headers.get("X-Size").split("x").map(Number);
     const frames = Number(picture.headers.get("X-Frames"));
     Object.assign(this, { number, frame, frames, width, height, mask: pixels, version: mask.headers.get("X-Version") });
@@ -73,7 +74,13 @@ export class Editor {
     this.refresh();
     this.preview.ask();
     await this.skin();
-    document.body.dataset.opened = `${number}:${frame}`;
+    document.body.dataset.opened = `${number}:${frame}${label && `:${label}`}`;
+  }
+
+  /** Shows what a task has written: of the picture that the user is going to, and never over edits. */
+  async reload() {
+    const { number, frame } = this.opening;
+    if (!this.history?.changed) await this.attempt(() => this.open(number, frame, number === this.number, true));
   }
 
   /** Buttons and texts that follow from the state. */

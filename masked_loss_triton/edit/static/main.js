@@ -54,9 +54,7 @@ function showTask(task) {
     place.querySelector("span").textContent = task.running ? task.name : `${task.name}: ${task.text}`;
     if (running && !task.running) {
       setTimeout(() => (place.hidden = true), 15000);
-      if (editor.number !== undefined && !element("edit-view").hidden && !editor.history?.changed) {
-        editor.open(editor.number, editor.frame, true);
-      }
+      if (editor.number !== undefined && !element("edit-view").hidden) editor.reload();
     }
   }
   running = task.running;
