@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import linecache
 import os
 import pathlib
 import re
@@ -29,6 +30,10 @@ CUDA_TARGETS = [name for name in DEVICES if name.startswith("sm_")]
 
 # Accesses that cuxray calls uncoalesced, by kernel and tensor, and why they stay.
 EXPLAINED: dict[tuple[str, str], str] = {
+    (
+        "loss_kernel",
+        "partials",
+    ): "partial sums of the weights, a few KB that every program reads once, eight numbers by each thread",
     ("loss_kernel", "terms"): "the last program alone adds the partial losses, a few KB in all",
     ("loss_kernel", "values"): "the same, named by the line inside the helper",
 }
@@ -41,12 +46,20 @@ class Finding:
     unit: str
     kernel: str
     tensor: str
-    place: str
+    file: str
+    line: int
     efficiency: float  # percent of the sectors that are asked for
 
     @property
+    def place(self) -> str:
+        return f"{pathlib.Path(self.file).name}:{self.line}"
+
+    @property
     def why(self) -> str | None:
-        return EXPLAINED.get((self.kernel, self.tensor))
+        explained = EXPLAINED.get((self.kernel, self.tensor))
+        if explained is None and self.tensor == self.place and "write_loss(" in linecache.getline(self.file, self.line):
+            return EXPLAINED[self.kernel, "terms"]  # inlined: the compiler kept the line of the call alone
+        return explained
 
 
 def write_cubins(folder: pathlib.Path, variants: Iterable[str], targets: Iterable[str]) -> int:
@@ -97,10 +110,10 @@ def uncoalesced(folder: pathlib.Path) -> list[Finding]:
         for kernel in unit["kernels"]:
             for site in (kernel.get("access") or {}).get("by_site", []):
                 if site["verdict"] == "uncoalesced":
-                    place = f"{pathlib.Path(site['file']).name}:{site['line']}"
                     tensor = tensor_at(site["file"], site["line"])
+                    efficiency = site.get("efficiency_pct") or 0.0
                     findings.append(
-                        Finding(unit["label"], kernel["name"], tensor, place, site.get("efficiency_pct") or 0.0)
+                        Finding(unit["label"], kernel["name"], tensor, site["file"], site["line"], efficiency)
                     )
     return findings
 

@@ -286,8 +286,8 @@ def test_the_family_is_that_of_the_caches(lab, capsys):
     for command in (["cache"], ["check"], ["inspect", "--out", str(lab.folder / "sheet")]):
         assert main([*command, *flags]) == 0
     assert weights(path).shape == (1, 14, 18)
-    path.with_name("b_0160x0120_f2k4b.safetensors").touch()
-    assert main(["cache", *flags]) == 0, "the trainer has families that are not known here"
+    path.with_name("b_0160x0120_new1.safetensors").touch()
+    assert main(["cache", *flags]) == 0, "a trainer may have families that are not known here"
     path.with_name("b_0160x0120_qi.safetensors").touch()
     assert main(["cache", *flags]) == 2
     assert "there are caches of qwen, wan: name the model family" in capsys.readouterr().err
