@@ -24,7 +24,7 @@ import torch
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import aliases, caches
 from masked_loss_triton.integration.musubi.options import PREFIXES, MaskOptions, from_namespace
-from masked_loss_triton.integration.musubi.routing import check_family
+from masked_loss_triton.integration.musubi.routing import check_routing
 from masked_loss_triton.integration.musubi.training import MaskedTraining, Step
 
 # Recorded from musubi-tuner 0.2.14 to 0.3.4 and blissful-tuner 0.12.66 and 0.13.66; a third argument may end in _arg.
@@ -129,7 +129,7 @@ class Masked:
         if not options.use_mask_loss:
             _say(*notes, "masks are not used: --use_mask_loss is not given")
             return
-        check_family(options, self.architecture)  # type: ignore[attr-defined]
+        check_routing(options, self.architecture, args)  # type: ignore[attr-defined]
         report = caches.inspect_caches(args.dataset_config, self.architecture)  # type: ignore[attr-defined]
         masked = MaskedTraining(options, report.family, report, _say)
         if options.mask_given_frames == "ignore":

@@ -19,11 +19,12 @@ from masked_loss_triton.routing.lanes import rerouted
 ROUTED, WITH_CROSS_ATTENTION = ("wan", "hv", "qwen"), ("wan",)
 
 
-def check_family(options: MaskOptions, architecture: str) -> None:
-    """Refuses what the models of a family cannot do, before one is loaded.
+def check_routing(options: MaskOptions, architecture: str, args: Any) -> None:
+    """Refuses what the models of a family, or the trainer's other flags, leave no room for, before a model is loaded.
 
     Args:
         architecture: the trainer's short name, which also ends its cache files.
+        args: the trainer's own arguments.
 
     Raises:
         UserError: naming the flag and the families that take it.
@@ -36,6 +37,10 @@ def check_family(options: MaskOptions, architecture: str) -> None:
             f"--mask_cross_attention needs a cross-attention to the text, which {family} has not: use it with wan, or drop it",
             2,
         )
+    if options.mask_cross_attention and getattr(args, "compile", False):
+        raise UserError("--mask_cross_attention cannot be had with --compile: drop one", 2)
+    if options.mask_routing < 1 and (getattr(args, "rope_func", None) or "default") != "default":
+        raise UserError(f"--mask_routing needs --rope_func default, not {args.rope_func}: drop one", 2)
 
 
 class Routing:

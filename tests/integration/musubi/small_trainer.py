@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from model_families import FAMILIES, tiny_transformer
@@ -235,6 +236,8 @@ class InlineTrainer(Base):
 
 
 GENERATIONS = {"method": MethodTrainer, "inline": InlineTrainer}
+NAMES = ("wan", "hv", "qwen")
+both = pytest.mark.parametrize("generation", GENERATIONS)
 
 
 def trained(generation: str, lab: Any, *flags: Any, masked: bool = True, **changes: Any) -> Any:
@@ -259,3 +262,12 @@ def by_item() -> dict[str, Any]:
         return [float(torch.rand((), generator=one)) * 800 + 100 for one in generators(batch)]
 
     return {"noise": noise, "timesteps": timesteps}
+
+
+def weights_of(trainer: Any) -> list[torch.Tensor]:
+    return [value.detach() for value in trainer.network.parameters()]
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two trainings ended with the same LoRA, bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(weights_of(one), weights_of(two), strict=True))

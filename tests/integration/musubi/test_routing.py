@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from unittest import mock
 
@@ -15,11 +16,10 @@ from masked_loss_triton.integration.musubi.options import MaskOptions
 from masked_loss_triton.integration.musubi.routing import models
 from masked_loss_triton.routing import Kept, Router, diffusers
 from tests.integration.musubi import small_trainer
-from tests.integration.musubi.small_trainer import arguments, by_item, trained
+from tests.integration.musubi.small_trainer import NAMES, arguments, by_item, trained
 from tests.support.caches import caches
 
 HALF = ("--use_mask_loss", "--mask_routing", "0.5", "--mask_routing_blocks", "0-1")
-NAMES = ("wan", "hv", "qwen")
 LAYOUT_OF = models.layout_of
 
 
@@ -230,13 +230,19 @@ def test_what_the_gate_lets_through_is_the_weight_of_the_token(labs):
 
 
 def test_families_that_cannot_are_refused_before_a_model_is_loaded():
-    routing.check_family(MaskOptions(use_mask_loss=True, mask_routing=0.5), "qie")
+    routing.check_routing(MaskOptions(use_mask_loss=True, mask_routing=0.5), "qie", None)
     with pytest.raises(UserError, match="--mask_routing can be had for wan, hv, qwen, not for hv15"):
-        routing.check_family(MaskOptions(use_mask_loss=True, mask_routing=0.5), "hv15")
+        routing.check_routing(MaskOptions(use_mask_loss=True, mask_routing=0.5), "hv15", None)
     with pytest.raises(
         UserError, match="--mask_cross_attention needs a cross-attention to the text, which qwen has not"
     ):
-        routing.check_family(MaskOptions(use_mask_loss=True, mask_cross_attention=True), "qi")
+        routing.check_routing(MaskOptions(use_mask_loss=True, mask_cross_attention=True), "qi", None)
+    gated = MaskOptions(use_mask_loss=True, mask_cross_attention=True)
+    with pytest.raises(UserError, match="--mask_cross_attention cannot be had with --compile: drop one"):
+        routing.check_routing(gated, "wan", argparse.Namespace(compile=True))
+    other = argparse.Namespace(compile=True, rope_func="comfy")
+    with pytest.raises(UserError, match="--mask_routing needs --rope_func default, not comfy: drop one"):
+        routing.check_routing(MaskOptions(use_mask_loss=True, mask_routing=0.5), "wan", other)
 
 
 @pytest.mark.parametrize(
