@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from masked_loss_triton.cache.inject import Prepared
-    from masked_loss_triton.edit.library import Entry
+    from masked_loss_triton.edit.entries import Entry
 
     # The pictures and clips, the same with the masks of each label, the folder of the masks, problems, and the datasets.
     Found = tuple[list[Entry], dict[str, list[Entry]], Path, list[str], list[Prepared]]
@@ -73,7 +73,7 @@ def _of_folders(args: argparse.Namespace) -> Found:
     from pathlib import Path
 
     from masked_loss_triton.cache.families import FAMILIES
-    from masked_loss_triton.edit.library import entries_of_folders
+    from masked_loss_triton.edit.entries import entries_of_folders
     from masked_loss_triton.errors import UserError
     from masked_loss_triton.files.folders import check_folder_is_writable
     from masked_loss_triton.masks.labels import parse_labels
@@ -97,7 +97,7 @@ def _of_dataset(args: argparse.Namespace) -> Found:
     from masked_loss_triton.cache.inject import prepare
     from masked_loss_triton.cache.items import choose_family
     from masked_loss_triton.commands.arguments import datasets_from
-    from masked_loss_triton.edit.library import entries_of_dataset, mask_folder
+    from masked_loss_triton.edit.entries import entries_of_dataset, mask_folder
     from masked_loss_triton.files.folders import check_folder_is_writable
 
     if args.masks:

@@ -33,8 +33,9 @@ from starlette.staticfiles import StaticFiles
 
 from masked_loss_triton.cache.inject import Prepared
 from masked_loss_triton.edit.clicks import Click, Selector
+from masked_loss_triton.edit.entries import Entry
 from masked_loss_triton.edit.guard import HEADERS, LARGEST_BODY, Guard, answer_json, bug, not_found, user_error
-from masked_loss_triton.edit.library import Entry, Library
+from masked_loss_triton.edit.library import Library
 from masked_loss_triton.edit.survey import Survey
 from masked_loss_triton.edit.tasks import Task, carry, write_caches
 from masked_loss_triton.edit.weights import flags_of, preview, read_config

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from masked_loss_triton.edit.clicks import Selector
-from masked_loss_triton.edit.library import CARRIED, Entry, Library
+from masked_loss_triton.edit.entries import Entry
+from masked_loss_triton.edit.library import CARRIED, Library
 from masked_loss_triton.errors import UserError
 
 PROGRESS = re.compile(r"masks \[?.*?\b(\d+)/(\d+)\b")  # a line of the command's progress bar

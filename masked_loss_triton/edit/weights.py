@@ -12,7 +12,8 @@ from masked_loss_triton.cache.cards import PREVIEW_STRIDE, preview_item
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
 from masked_loss_triton.cache.safetensors_file import read_header
 from masked_loss_triton.config import MaskedLossConfig
-from masked_loss_triton.edit.library import Entry, Library
+from masked_loss_triton.edit.entries import Entry
+from masked_loss_triton.edit.library import Library
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.frames import kept_frames
 from masked_loss_triton.masks.geometry import group_frames

@@ -13,7 +13,8 @@ from masked_loss_triton.cache.dataset import load_datasets
 from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.inject import prepare
 from masked_loss_triton.edit.clicks import Selector
-from masked_loss_triton.edit.library import Library, entries_of_dataset, entries_of_folders
+from masked_loss_triton.edit.entries import entries_of_dataset, entries_of_folders
+from masked_loss_triton.edit.library import Library
 from masked_loss_triton.edit.survey import Survey
 from masked_loss_triton.edit.tasks import Task, carry
 from masked_loss_triton.errors import UserError

@@ -53,7 +53,10 @@ export function choose(text, answers) {
       return button;
     }),
   );
-  dialog.returnValue = "";
   dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
+  return new Promise((resolve) => {
+    form.onsubmit = (event) => resolve(event.submitter.value);
+    // The event comes late: it may be that of the question before, with this one open already.
+    dialog.onclose = () => dialog.open || resolve("");
+  });
 }

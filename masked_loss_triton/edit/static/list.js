@@ -11,6 +11,7 @@ export class List {
     this.open = open;
     this.items = [];
     this.order = [];
+    this.held = [];
     this.chosen = 0; // place in `order`
     this.nodes = new Map();
     this.grid = element("grid");
@@ -66,10 +67,15 @@ export class List {
     this.draw();
   }
 
-  /** The number of the picture after (1) or before (-1) another one, in the order of the list. */
+  /** Keeps the order for `neighbour`: a picture that is mended sorts elsewhere, and the way through the list goes on. */
+  hold() {
+    this.held = this.order;
+  }
+
+  /** The number of the picture after (1) or before (-1) another one, in the order that is held. */
   neighbour(number, step) {
-    const place = this.order.indexOf(number);
-    return this.order[place < 0 ? 0 : place + step];
+    const place = this.held.indexOf(number);
+    return this.held[place < 0 ? 0 : place + step];
   }
 
   get columns() {

@@ -26,6 +26,7 @@ const editor = new Editor({
 async function route() {
   const number = /^#\d+$/.test(location.hash) ? Number(location.hash.slice(1)) : null;
   const editing = number !== null && number < list.items.length;
+  if (editing && element("edit-view").hidden) list.hold();
   element("list-view").hidden = editing;
   element("edit-view").hidden = !editing;
   if (!editing) {
