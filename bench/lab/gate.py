@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         count = write_cubins(folder, options.variant or VARIANTS, options.target or CUDA_TARGETS)
         violations = run_gate(folder)
         findings = uncoalesced(folder)
-    print(f"{count} kernels, {len(violations)} violations of the budget, {len(findings)} uncoalesced accesses")
+    unexplained = sum(finding.why is None for finding in findings)
+    print(f"{count} kernels, {len(violations)} violations of the budget, {unexplained} accesses without an explanation")
     for violation in violations:
         print(f"  {violation['unit']}: {violation['reason']}")
     for finding in findings:
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"  {finding.unit}: {finding.tensor} at {finding.place}, {finding.efficiency:.0f}% of its sectors used: {why}"
         )
-    return 1 if violations or any(finding.why is None for finding in findings) else 0
+    return 1 if violations or unexplained else 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,13 @@ def blue_picture() -> np.ndarray:
     return picture
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with an empty folder `in`."""
+    (tmp_path / "in").mkdir()
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """(folder of Florence-2, folder of SAM 2). Florence-2 finds red in the red picture and blue in the blue one."""

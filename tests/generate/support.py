@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 from masked_loss_triton.cli import main
 
@@ -19,6 +21,14 @@ def subject(seed: int = 0, size: tuple[int, int] = (96, 64)) -> tuple[np.ndarray
     mask = ((x - cx) / (0.25 * width)) ** 2 + ((y - cy) / (0.3 * height)) ** 2 <= 1
     picture = np.where(mask[..., None], (230, 150, 40), (20, 50, 90)) + rng.integers(0, 20, (height, width, 3))
     return picture.astype(np.uint8), mask
+
+
+def save(path: Path, seed: int = 0, **options: Any) -> np.ndarray:
+    """Writes the picture of `subject` and returns its mask; options go to Pillow."""
+    picture, mask = subject(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, **options)
+    return mask
 
 
 def generate(folder: Path, *flags, source: str = "in", out: str = "out") -> int:

@@ -31,9 +31,10 @@ def compare(mask, grid, config, *, batch=2, channels=3, **call):
 @pytest.mark.parametrize("mask_frames", [1, 5])
 def test_masks_larger_than_the_loss(device, dtype, down, across, mask_frames):
     """Whole windows of widths that are read row by row, and of others; a frame for two, and two of five averaged."""
-    height, width = (2, 3) if down * across > 100 else (5, 6)  # the interpreter reads window by window
-    mask = masks((2, mask_frames, height * down, width * across), dtype, device)
-    compare(mask, (2, height, width), MaskedLossConfig(gamma=0.7, per_sample=True))
+    # The interpreter reads window by window.
+    batch, height, width = (1, 2, 3) if down * across > 100 else (2, 5, 6)
+    mask = masks((batch, mask_frames, height * down, width * across), dtype, device)
+    compare(mask, (2, height, width), MaskedLossConfig(gamma=0.7, per_sample=True), batch=batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
