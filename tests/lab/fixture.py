@@ -75,6 +75,10 @@ FAMILIES = {
 CORE = tuple(FAMILIES)  # made with the fixture; the others when they are first asked for
 PICTURES = {"kinds": ("image",)}
 FAMILIES |= {
+    "wan_i2v": Family(
+        "wan_train_network", "wan_cache_latents", "wan", "networks.lora_wan", "wan_vae_fp32",
+        ("--task", "i2v-A14B", *SHIFT, "3.0"), kinds=("video",), caching_flags=("--i2v",), arch="wan",
+    ),
     "krea2": Family(
         "krea2_train_network", "krea2_cache_latents", "kr2", "networks.lora_krea2", "qwen_vae_bf16", (*SHIFT, "2.2"), **PICTURES
     ),

@@ -82,6 +82,7 @@ def observe() -> None:
     from musubi_tuner.dataset.media_utils import resize_image_to_bucket
     from PIL import Image
 
+    from masked_loss_triton.integration.musubi.given import at_frames
     from masked_loss_triton.integration.musubi.layouts import on_grid
     from masked_loss_triton.integration.musubi.training import MaskedTraining
 
@@ -120,7 +121,11 @@ def observe() -> None:
         terms = self.proof.last_stats.to_dict()
         self.seen["prior"] = terms["prior_term"] / terms["target_term"]
         axes = self.family.loss_axes
-        gradient = on_grid(torch.autograd.grad(alone, pred, retain_graph=True)[0], axes, step.positions)
+        whole = on_grid(torch.autograd.grad(alone, pred, retain_graph=True)[0], axes, step.positions)
+        gradient = at_frames(whole, step.frames, step.layout)
+        if step.frames is not None:
+            given = [frame for frame in range(whole.shape[2]) if frame not in step.frames]
+            self.seen["given"] = float(whole[:, :, given].abs().max())
         mask = step.mask.transpose(1, 2) if axes == "FCHW" else step.mask.squeeze(2) if axes == "CHW" else step.mask
         outside = (mask == 0).expand_as(gradient)
         if step.routed is not None:
@@ -132,7 +137,10 @@ def observe() -> None:
             shapes=[list(pred.shape), list(step.mask.shape)],
             dtypes=[str(pred.dtype), str(target.dtype), str(step.mask.dtype)],
             expected_loss=expected_loss(
-                *(one if one is None else on_grid(one, axes, step.positions) for one in (pred, target, step.prior)),
+                *(
+                    one if one is None else at_frames(on_grid(one, axes, step.positions), step.frames, step.layout)
+                    for one in (pred, target, step.prior)
+                ),
                 mask,
             ),
         )

@@ -16,6 +16,15 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"musubi_tuner.{name}")
 
 
+def wan_image_to_video(save: Save) -> None:
+    """WAN 2.2, which sees the first frame beside the noise."""
+    config = _module("wan.configs").WAN_CONFIGS["i2v-A14B"]
+    names = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
+    given = {name: getattr(config, name) for name in names}
+    model = _module("wan.modules.model").WanModel(model_type="i2v", model_version="2.2", attn_mode="torch", **given)
+    save(model, "dit", "bf16")
+
+
 def krea2(save: Save) -> None:
     utils = _module("krea2.krea2_utils")
     save(utils.SingleStreamDiT(utils.single_mmdit_large_wide), "dit", "bf16")
@@ -112,6 +121,7 @@ def hidream(save: Save) -> None:
 
 
 WEIGHTS: dict[str, Callable[[Save], None]] = {
+    "wan_i2v": wan_image_to_video,
     "krea2": krea2,
     "hv15": hunyuan_video_15,
     "framepack": framepack,
@@ -136,7 +146,9 @@ def save_text(family: str, io: Any, item: Any, random: torch.Generator, length: 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random).bfloat16()
 
-    if family == "krea2":
+    if family == "wan_i2v":
+        io.save_text_encoder_output_cache_wan(item, draw(length, 4096))
+    elif family == "krea2":
         io.save_text_encoder_output_cache_krea2(item, draw(length, 3, TEXT))
     elif family == "hv15":
         io.save_text_encoder_output_cache_hunyuan_video_1_5(item, draw(length, TEXT), draw(4 + length % 3, TEXT))

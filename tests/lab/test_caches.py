@@ -146,7 +146,7 @@ def test_the_trainer_reads_masks_of_pictures(trainer, tmp_path, suffix):
     datasets, items = cache_with_the_trainer(trainer, toml, suffix)
     assert len(items) == len(sizes)
     arch = {"hv": "hv", "wan": "wan", "qi": "qwen"}[suffix]
-    flags = ["--dataset_config", str(toml), "--arch", arch, "--alpha_mask", "--mask_directory", str(masks)]
+    flags = ["--dataset_config", str(toml), "--arch", arch, "--alpha_mask", "--masks", str(masks)]
     assert main(["cache", *flags]) == 0
     for path, (item, content) in items.items():
         index = int(Path(item.item_key).stem[1:])
@@ -205,7 +205,7 @@ def test_the_mask_of_a_clip_gets_the_frames_that_the_trainer_gave_the_clip(train
     )
     datasets, items = cache_with_the_trainer(trainer, toml, suffix)
     assert items
-    flags = ["--dataset_config", str(toml), "--arch", suffix, "--mask_directory", str(masks), "--dtype", "float32"]
+    flags = ["--dataset_config", str(toml), "--arch", suffix, "--masks", str(masks), "--dtype", "float32"]
     assert main(["cache", *flags]) == 0
     for path, (_, content) in items.items():
         size = (content.shape[1] // 8, content.shape[2] // 8)
@@ -304,7 +304,7 @@ def test_one_frame_caches_of_the_trainer(trainer, tmp_path):
     indices = sorted([*item.fp_1f_clean_indices, item.fp_1f_target_index])
     latents = torch.randn(16, len(indices), height // 8, width // 8).bfloat16()
     trainer.cache_io.save_latent_cache_wan(item, latents, None, None, None, f_indices=indices)
-    flags = ["--dataset_config", str(toml), "--arch", "wan", "--mask_directory", str(masks)]
+    flags = ["--dataset_config", str(toml), "--arch", "wan", "--masks", str(masks)]
     assert main(["cache", *flags]) == 0
     result = weights(Path(item.latent_cache_path))
     theirs = trainer.media.resize_image_to_bucket(Image.fromarray(disc((160, 120))), (width, height))

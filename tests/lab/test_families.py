@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from masked_loss_triton.cache.families import FAMILIES as TABLE
 from masked_loss_triton.cache.families import REFUSED
-from tests.lab.fixture import CORE, FAMILIES
+from tests.lab.fixture import CORE, FAMILIES, write_toml
 from tests.lab.laboratory import network_module
 
 
@@ -137,3 +142,69 @@ def test_whole_models_are_trained_with_masks(laboratory, family, tmp_path):
     assert refused.status == 2
     assert "--inverted_mask_prior needs a LoRA that can be switched off" in refused.output
     assert "Loading" not in refused.output
+
+
+@pytest.mark.slow
+def test_the_frame_that_is_given_counts_or_not(laboratory, tmp_path):
+    """Image to video: with `ignore` the loss, recomputed in float64, is that of the other frames, and the first has no gradient."""
+    root = laboratory.cache("wan_i2v", "masks")
+    observed = {"LAB_OBSERVE": str(tmp_path / "seen.jsonl"), "LAB_MASKS": str(laboratory.fixture / "masks")}
+    prior = ("--use_mask_loss", "--inverted_mask_prior")
+    found = {}
+    for how in ("keep", "ignore"):
+        seen = Path(observed["LAB_OBSERVE"])
+        seen.unlink(missing_ok=True)
+        run = laboratory.train("wan_i2v", root, *prior, "--mask_given_frames", how, hooks=("observe",), **observed)
+        assert run.status == 0, run.output[-3000:]
+        found[how] = [json.loads(line) for line in seen.read_text().splitlines()]
+        assert run.losses == pytest.approx([step["expected_loss"] for step in found[how]], rel=1e-6)
+        assert run.metadata()["ss_mask_given_frames"] == how
+    assert all("given" not in step for step in found["keep"])
+    clips = [step for step in found["ignore"] if step["shapes"][0][2] > 1]  # a clip of one frame has no other to learn
+    assert clips
+    assert all(step["given"] == 0 < step["inside"] for step in clips)
+    assert all(step["shapes"][1][2] == step["shapes"][0][2] - 1 for step in clips)
+    assert all("given" not in step for step in found["ignore"] if step not in clips)
+
+
+@pytest.mark.slow
+def test_labels_are_weighed_when_training_starts(laboratory, tmp_path):
+    """Weights of labels change nothing in the caches, and give the LoRA that a plain mask of the same weights gives."""
+    stems = tuple(f"img{index}" for index in range(4))
+    left, right = np.zeros((2, 256, 256), np.uint8)
+    left[:, :128] = right[:, 128:] = 255
+    roots = {}
+    for name, masks in {
+        "labels": {"left": left, "right": right},
+        "plain": {"": left},
+        "white": {"": left | right},
+    }.items():
+        roots[name] = shutil.copytree(laboratory.cache("wan", "", stems), tmp_path / name)
+        (roots[name] / "drawn").mkdir()
+        for label, pixels in masks.items():
+            for stem in stems:
+                Image.fromarray(pixels).save(roots[name] / "drawn" / f"{stem}{label and '.'}{label}.png")
+        toml = write_toml(
+            roots[name] / "masks.toml", laboratory.fixture, roots[name], ["image"], images=roots[name] / "pictures"
+        )
+        labels = ["--mask_labels", "left", "right"] if name == "labels" else []
+        masks_of = ["--masks", roots[name] / "drawn", *labels]
+        command = [sys.executable, "-m", "masked_loss_triton", "cache", "--dataset_config", toml, *masks_of]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    before = {path: path.read_bytes() for path in (roots["labels"] / "image").iterdir()}
+
+    def train(name, *flags):
+        run = laboratory.train("wan", roots[name], "--use_mask_loss", *flags)
+        assert run.status == 0, run.output[-3000:]
+        return run
+
+    plain, white = train("plain"), train("white")
+    left_alone = train("labels", "--mask_weights", "left=2", "right=0")
+    assert left_alone.lora == plain.lora
+    assert "labels weigh, in units of the largest weight: left 1, right 0" in left_alone.output
+    assert train("labels", "--mask_weights", "left=1", "right=1").lora == white.lora != plain.lora
+    assert train("labels", "--mask_weights", "left=1", "right=0.5").lora not in (white.lora, plain.lora)
+    assert before == {path: path.read_bytes() for path in (roots["labels"] / "image").iterdir()}
+    wrong = laboratory.train("wan", roots["labels"], "--use_mask_loss", "--mask_weights", "lft=1")
+    assert wrong.status != 0
+    assert "Loading" not in wrong.output
