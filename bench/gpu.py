@@ -71,7 +71,7 @@ def steps(folder: pathlib.Path, quick: bool) -> dict[str, list[str]]:
     if tool := shutil.which("compute-sanitizer"):
         for check in ("memcheck", "racecheck"):
             found[check] = [tool, "--tool", check, "--error-exitcode", "1", python, "-c", ONE_CALL]
-    found["times"] = [python, "-m", "masked_loss_triton", "bench", *shapes, *dtypes, "--out", out]
+    found["times"] = [python, "-m", "masked_loss_triton", "bench", *shapes, *dtypes, "--output", out]
     found["host"] = [python, "-m", "bench.host", "--rounds", "10"]
     found["profile"] = [python, "-c", PROFILE]
     return found

@@ -31,6 +31,19 @@ COMMANDS = {
     "to-alpha": "masked_loss_triton.commands.to_alpha",
     "bench": "masked_loss_triton.commands.bench",
 }
+# What flags were called in 0.1; they are understood until 0.3.
+_MASKS = {"--mask_directory": "--masks"}
+RENAMED = {
+    "generate": {
+        "--input_dir": "--images", "--output_dir": "--masks", "--padding": "--mask_dilate", "--blur": "--mask_blur",
+    },
+    "edit": _MASKS,
+    "cache": {**_MASKS, "--dry-run": "--dry_run"},
+    "check": _MASKS,
+    "inspect": {**_MASKS, "--out": "--output", "--limit": "--sheet_limit"},
+    "to-alpha": {"--out": "--output"},
+    "bench": {"--out": "--output"},
+}  # fmt: skip
 # The extra of pyproject.toml that installs each optional package, by the name under which it is imported.
 EXTRAS = {
     **dict.fromkeys(("diffusers", "peft", "skimage", "sklearn", "matplotlib"), "demo"),
@@ -121,9 +134,23 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None
 
 
+def renamed(argv: Sequence[str]) -> list[str]:
+    """The command line with today's names of flags; says which were older ones."""
+    command = next((word for word in argv if word in COMMANDS), "")
+    found, foreign = [], False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        foreign = foreign or word in ("--", "--encode")  # what follows is the trainer's
+        new = None if foreign else RENAMED.get(command, {}).get(flag)
+        if new is not None:
+            print(f"masked-loss {command}: {flag} is called {new} now", file=sys.stderr)
+        found.append(f"{new}{equals}{value}" if new is not None else word)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(renamed(sys.argv[1:] if argv is None else argv))
     # Pillow's word to programmers about large pictures, which are refused where they are too large.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:

@@ -9,7 +9,9 @@ from masked_loss_triton.cli import main
 def test_one_table_and_one_file(tmp_path, capsys, device):
     out = tmp_path / "mine.json"
     shapes = ["--shape", "1x4x2x6x8", "--shape", "2x4x6x8"]
-    assert main(["bench", *shapes, "--dtype", "bfloat16", "--rounds", "3", "--device", device, "--out", str(out)]) == 0
+    assert (
+        main(["bench", *shapes, "--dtype", "bfloat16", "--rounds", "3", "--device", device, "--output", str(out)]) == 0
+    )
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     report = json.loads(out.read_text())
     assert [row["shape"] for row in report["rows"]] == 2 * [[1, 4, 2, 6, 8]] + 2 * [[2, 4, 6, 8]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from masked_loss_triton.cli import COMMANDS, EXTRAS, explain
+from masked_loss_triton.cli import COMMANDS, EXTRAS, RENAMED, build_parser, explain, renamed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,8 +37,8 @@ def test_help_has_an_example(command):
         (["check", "--dataset_config", "x.toml", "--arch", "wan", "--workers", "-3"], 2, "must be 1 or more, got -3"),
         (["bench", "--shape", "1x16"], 2, "--shape must be BxCxFxHxW or BxCxHxW"),
         (["bench", "--device", "tpu"], 2, "--device tpu cannot be used"),
-        (["bench", "--out", "nowhere/bench.json"], 2, "there is no folder nowhere"),
-        (["to-alpha", "--images", "nowhere", "--masks", "nowhere", "--out", "out"], 2, "nowhere"),
+        (["bench", "--output", "nowhere/bench.json"], 2, "there is no folder nowhere"),
+        (["to-alpha", "--images", "nowhere", "--masks", "nowhere", "--output", "out"], 2, "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         "--arch",
         "wan",
         "--alpha_mask",
-        "--out",
+        "--output",
         "taken/sheet",
         cwd=tmp_path,
     )
@@ -97,3 +97,27 @@ def test_a_bug_of_ours_is_no_message():
     assert explain(ModuleNotFoundError("x", name="masked_loss_triton.lost")) is None
     assert explain(ImportError("cannot import name 'x'")) is None
     assert explain(ZeroDivisionError()) is None
+
+
+def test_flags_that_were_renamed_are_understood_and_told(capsys):
+    commands = build_parser().commands.choices
+    for command, names in RENAMED.items():
+        flags = commands[command]._option_string_actions
+        assert set(names.values()) <= flags.keys()
+        assert not names.keys() & flags.keys()
+    words = ["--debug", "generate", "--input_dir", "a b", "--output_dir=masks", "--select", "all"]
+    assert renamed(words) == ["--debug", "generate", "--images", "a b", "--masks=masks", "--select", "all"]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "masked-loss generate: --input_dir is called --images now",
+        "masked-loss generate: --output_dir is called --masks now",
+    ]
+    foreign = ["cache", "--mask_directory", "m", "--encode", "--mask_directory", "theirs"]
+    assert renamed(foreign) == ["cache", "--masks", "m", "--encode", "--mask_directory", "theirs"]
+
+
+def test_a_flag_takes_the_same_in_every_command():
+    seen = {}
+    for command, parser in build_parser().commands.choices.items():
+        for flag, action in parser._option_string_actions.items():
+            assert seen.setdefault(flag, action.nargs) == action.nargs, (command, flag)

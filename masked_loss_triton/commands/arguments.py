@@ -38,7 +38,10 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     switch: Any = argparse.BooleanOptionalAction
     sources.add_argument("--alpha_mask", action=switch, default=None, help="the alpha channel is the mask")
     sources.add_argument(
-        "--mask_directory", metavar="DIR", help="masks by file stem; for clips a still, a folder of frames or a video"
+        "--masks",
+        dest="mask_directory",
+        metavar="DIR",
+        help="masks by file stem; for clips a still, a folder of frames or a video (the key mask_directory)",
     )
     sources.add_argument(
         "--mask_labels",
@@ -77,7 +80,7 @@ def datasets_from(args: argparse.Namespace, need_source: bool = True) -> list[Da
     datasets = load_datasets(args.dataset_config, args.mask_config, flags)
     if need_source and not any(dataset.has_mask_source for dataset in datasets):
         raise UserError(
-            "nothing says where the masks are: give --alpha_mask, --mask_directory or --default_mask, or the same keys "
+            "nothing says where the masks are: give --alpha_mask, --masks or --default_mask, or the keys "
             "in the dataset file or in --mask_config",
             2,
         )

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 HELP = "Measure the loss on this machine beside eager torch: one table, and one file to send."
-EXAMPLE = "masked-loss bench --shape 1x16x21x60x104 --dtype bfloat16 --out bench.json"
+EXAMPLE = "masked-loss bench --shape 1x16x21x60x104 --dtype bfloat16 --output bench.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (the GPU if there is one)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="rounds of which the median counts (20)")
-    parser.add_argument("--out", default="masked-loss-bench.json", metavar="FILE", help="(masked-loss-bench.json)")
+    parser.add_argument("--output", default="masked-loss-bench.json", metavar="FILE", help="(masked-loss-bench.json)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shape or ["1x16x21x60x104"]]
     if args.rounds < 1:
         raise UserError(f"--rounds must be 1 or more, got {args.rounds}", 2)
-    if not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it", 2)
+    if not Path(args.output).parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it", 2)
     device = _device(args.device)
     about = benchmark.about(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     print(benchmark.table(rows))
     print("forward and backward, medians; x eager: times as fast as eager torch; N: bytes of the prediction")
     report = {**about, "rounds": args.rounds, "rows": [dataclasses.asdict(row) for row in rows]}
-    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {args.out}")
+    Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {args.output}")
     return 0
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from masked_loss_triton.files.shard import Shard
 
 HELP = "Add mask weights to existing latent caches, without encoding anything again."
-EXAMPLE = "masked-loss cache --dataset_config dataset.toml --alpha_mask --mask_directory masks"
+EXAMPLE = "masked-loss cache --dataset_config dataset.toml --alpha_mask --masks masks"
 NAMES_SHOWN = 20
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers_argument(
         parser, "threads (default: four per core, at most 16), or workers of Ray (default: one a core)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done and change nothing")
     parser.add_argument("--force", action="store_true", help="write weights that are up to date as well")
     parser.add_argument(
         "--encode",
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from masked_loss_triton.files.shard import shard_lock
 
     if args.encode is not None and (args.remove or args.dry_run):
-        raise UserError("--encode writes caches: leave out --remove and --dry-run", 2)
+        raise UserError("--encode writes caches: leave out --remove and --dry_run", 2)
     shard, ray = shard_of(args), ray_options(args)
     if args.encode is not None and (args.shard is not None or ray is not None):
         raise UserError("--encode runs the trainer's script on everything, here: leave out --shard and --engine", 2)
@@ -64,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     with shard_lock(folders, "masked-loss cache", shard, ray["run"] if ray is not None else ""):
         for folder in folders:
             remove_leftovers(folder)
-        return _cache(args, datasets, shard, ray)
+        status = _cache(args, datasets, shard, ray)
+        for folder in folders if ray is not None else ():
+            remove_leftovers(folder)  # of workers that died
+        return status
 
 
 def _cache(args: argparse.Namespace, datasets: list[Dataset], shard: Shard, ray: dict[str, Any] | None) -> int:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from masked_loss_triton.cache.checked import Checked, Findings
 
 HELP = "List every problem of a dataset's masks and latent caches; changes nothing."
-EXAMPLE = "masked-loss check --dataset_config dataset.toml --mask_directory masks"
+EXAMPLE = "masked-loss check --dataset_config dataset.toml --masks masks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 HELP = "Look at masks in the browser, see the weights that the loss will use, and mend them."
 EXAMPLE = (
-    "masked-loss edit --images photos --masks masks\n"
-    "  masked-loss edit --dataset_config dataset.toml --mask_directory masks"
+    "masked-loss edit --images photos --masks masks\n  masked-loss edit --dataset_config dataset.toml --masks masks"
 )
 
 
@@ -26,9 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.generate import saliency, sam2
 
     parser.add_argument("--images", metavar="DIR", help="pictures and clips, without a dataset file")
-    parser.add_argument(
-        "--masks", metavar="DIR", help="their masks, by the same names; those that are absent are made here"
-    )
     parser.add_argument(
         "--resolution",
         type=int,
@@ -58,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.images) == bool(args.dataset_config):
         raise UserError("give --images and --masks, or --dataset_config", 2)
-    if args.images and not args.masks:
+    if args.images and not args.mask_directory:
         raise UserError("--images needs --masks, the folder that masks are in or go to", 2)
     entries, labels, folder, problems, prepared = _of_folders(args) if args.images else _of_dataset(args)
     if not entries:
@@ -80,7 +76,7 @@ def _of_folders(args: argparse.Namespace) -> Found:
 
     if len(args.resolution) > 2:
         raise UserError(f"--resolution is one number or two, got {len(args.resolution)}", 2)
-    images, masks, family = Path(args.images), Path(args.masks), FAMILIES[args.arch or "wan"]
+    images, masks, family = Path(args.images), Path(args.mask_directory), FAMILIES[args.arch or "wan"]
     size = args.resolution[0], args.resolution[-1]
     check_folder_is_writable(masks, "--masks")
     entries, problems = entries_of_folders(images, masks, size, family)
@@ -100,13 +96,11 @@ def _of_dataset(args: argparse.Namespace) -> Found:
     from masked_loss_triton.edit.entries import entries_of_dataset, mask_folder
     from masked_loss_triton.files.folders import check_folder_is_writable
 
-    if args.masks:
-        args.mask_directory = args.masks
     datasets = datasets_from(args)
     family = FAMILIES[choose_family(datasets, args.arch)]
     prepared = [prepare(dataset, family) for dataset in datasets]
     for dataset in datasets:
-        check_folder_is_writable(mask_folder(dataset), "--mask_directory")
+        check_folder_is_writable(mask_folder(dataset), "--masks")
     names = dict.fromkeys(name for dataset in datasets for name in dataset.mask_labels)
     labels = {name: [entry for one in prepared for entry in entries_of_dataset(one, name)] for name in names}
     entries = [entry for one in prepared for entry in entries_of_dataset(one)]

@@ -19,12 +19,12 @@ HELP = (
     "Make a mask for every picture and clip: of what words say (Florence-2 and SAM 2), or of what stands out (U2-Net)."
 )
 EXAMPLE = (
-    "masked-loss generate --input_dir photos --output_dir masks\n"
-    '  masked-loss generate --input_dir photos --output_dir masks --text_prompt "person"\n'
-    '  masked-loss generate --input_dir photos --output_dir masks --text_prompt "face=1.0" "body=0.5" --exclude_prompt "hand"'
+    "masked-loss generate --images photos --masks masks\n"
+    '  masked-loss generate --images photos --masks masks --text_prompt "person"\n'
+    '  masked-loss generate --images photos --masks masks --text_prompt "face=1.0" "body=0.5" --exclude_prompt "hand"'
 )
 # Flags that are fields of MaskRequest and of Generation, by the same name.
-REQUEST = ("select", "min_score", "min_mask_score", "min_size", "padding", "blur", "invert")
+REQUEST = ("select", "min_score", "min_mask_score", "min_size", "mask_dilate", "mask_blur", "invert")
 GENERATION = ("device", "dtype", "batch_size", "key_interval", "no_detection", "compare", "overwrite", "debug")
 
 
@@ -33,11 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.farm import add_engine_arguments, add_shard_argument
     from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, WORDLESS, add_backend_arguments
 
+    parser.add_argument("--images", required=True, metavar="DIR", help="pictures and clips; sub-folders are mirrored")
     parser.add_argument(
-        "--input_dir", required=True, metavar="DIR", help="pictures and clips; sub-folders are mirrored"
-    )
-    parser.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="the masks, named as `masked-loss cache` reads them"
+        "--masks", required=True, metavar="DIR", help="the masks, named as `masked-loss cache` reads them"
     )
     parser.add_argument(
         "--backend",
@@ -126,9 +124,9 @@ def _add_what(what: Any) -> None:
 
 
 def _add_pixels(pixels: Any) -> None:
-    pixels.add_argument("--padding", type=int, default=0, metavar="PIXELS", help="grow it; negative shrinks it")
+    pixels.add_argument("--mask_dilate", type=int, default=0, metavar="PIXELS", help="grow it; negative shrinks it")
     pixels.add_argument(
-        "--blur", type=float, default=0.0, metavar="0..0.05", help="Gaussian, fraction of the smaller side"
+        "--mask_blur", type=float, default=0.0, metavar="0..0.05", help="Gaussian, fraction of the smaller side"
     )
     pixels.add_argument("--invert", action="store_true", help="white where nothing was found")
 
@@ -176,12 +174,12 @@ def run(args: argparse.Namespace) -> int:
     generation, shard, ray = _generation(args), shard_of(args), ray_options(args)
     if args.workers is not None and ray is None:
         raise UserError("--workers belongs to --engine ray: the backend knows its number of threads", 2)
-    output = generation.output_dir
+    output = generation.masks
     found = _find(args, shard)
-    sheet = choose_sheet_name(args.sheet, Path(args.input_dir), output)
+    sheet = choose_sheet_name(args.sheet, Path(args.images), output)
     if shard.count > 1:  # each shard has its own
         sheet = sheet.with_name(f"{sheet.name}_{shard.name}")
-    check_folder_is_writable(output, "--output_dir")
+    check_folder_is_writable(output, "--masks")
     summary = Summary()
     with shard_lock(output, "masked-loss generate", shard, ray["run"] if ray is not None else ""):
         remove_leftovers_below(output)
@@ -193,6 +191,8 @@ def run(args: argparse.Namespace) -> int:
             summary.add_present([job for job in found.jobs if job.masks], generation)
         if pending:
             _make(pending, generation, summary, None if ray is None else {"shard": shard, **ray})
+        if ray is not None:
+            remove_leftovers_below(output)  # of workers that died
     summary.add_copies(generation.copies)
     summary.add_unread(found.unread)
     if args.sheet_limit and found.jobs:
@@ -209,12 +209,12 @@ def _find(args: argparse.Namespace, shard: Shard) -> Jobs:
     from masked_loss_triton.masks.reading import unread_text
 
     clip_suffix = ".mkv" if args.clip_output == "video" else ""
-    folders = Path(args.input_dir), Path(args.output_dir)
+    folders = Path(args.images), Path(args.masks)
     found = find_jobs(*folders, clip_suffix, shard, args.label or "")
     whole = found if found.jobs or found.problems else find_jobs(*folders, clip_suffix, label=args.label or "")
     if not whole.jobs and not whole.problems:
         skipped = f" ({unread_text(found.unread)})" if found.unread else ""
-        raise UserError(f"--input_dir {args.input_dir} has no pictures or clips in it{skipped}", 2)
+        raise UserError(f"--images {args.images} has no pictures or clips in it{skipped}", 2)
     return found
 
 
@@ -241,7 +241,7 @@ def _draw(name: Path, jobs: list[Job], args: argparse.Namespace, summary: Summar
     from masked_loss_triton.generate.sheet import write_sheet
 
     try:
-        shown = write_sheet(name, jobs, args.sheet_limit, f"Masks of {args.input_dir}")
+        shown = write_sheet(name, jobs, args.sheet_limit, f"Masks of {args.images}")
     except UserError as error:
         summary.add_problem(str(error))
         return
@@ -258,14 +258,14 @@ def _generation(args: argparse.Namespace) -> Generation:
     from masked_loss_triton.generate.choice import choose_backend
 
     backend, models = args.backend, dict(sorted(vars(args).items()))
-    models["static_dir"] = args.static_dir or args.input_dir
+    models["static_dir"] = args.static_dir or args.images
     if backend == DEFAULT:
         backend, why = choose_backend(bool(args.text_prompt or args.exclude_prompt), models)
         if why:
             print(printable(f"masked-loss generate: {why}"), file=sys.stderr, flush=True)
     return Generation(
         request=_request(args, backend),
-        output_dir=Path(args.output_dir),
+        masks=Path(args.masks),
         backend=backend,
         models=flags_of(backend, models),  # those of other backends do not count
         **{field: getattr(args, field) for field in GENERATION},

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 HELP = "Draw a contact sheet of pictures, masks and the weights that training will use."
 EXAMPLE = (
-    "masked-loss inspect --dataset_config dataset.toml --mask_directory masks --mask_min_weight 0.05 --out sheet\n"
-    "  masked-loss inspect --cache cache_folder --out sheet"
+    "masked-loss inspect --dataset_config dataset.toml --masks masks --mask_min_weight 0.05 --output sheet\n"
+    "  masked-loss inspect --cache cache_folder --output sheet"
 )
 
 
@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", nargs="+", metavar="PATH", help="latent caches or folders of them, without a dataset"
     )
     add_dataset_arguments(parser, required=False)
-    parser.add_argument("--out", required=True, metavar="NAME", help="writes NAME.png and NAME.html")
+    parser.add_argument("--output", required=True, metavar="NAME", help="writes NAME.png and NAME.html")
     parser.add_argument(
-        "--limit",
+        "--sheet_limit",
         type=int,
         default=48,
         metavar="N",
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.cache) == bool(args.dataset_config):
         raise UserError("give --cache or --dataset_config", 2)
-    if args.limit < 1:
-        raise UserError(f"--limit must be 1 or more, got {args.limit}", 2)
+    if args.sheet_limit < 1:
+        raise UserError(f"--sheet_limit must be 1 or more, got {args.sheet_limit}", 2)
     config = _config(args)
     if args.cache:
         makers = find_cache_cards(map(Path, args.cache))
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if not makers:
         raise UserError("nothing to show: no pictures and no latent caches were found")
     total = len(makers)
-    if total > args.limit:
-        makers = [makers[index * total // args.limit] for index in range(args.limit)]
+    if total > args.sheet_limit:
+        makers = [makers[index * total // args.sheet_limit] for index in range(args.sheet_limit)]
     options = f"invert {str(config.invert).lower()}, blur {config.blur_kernel_size}, gamma {config.gamma:g}, "
     notes = [
         f"{len(makers)} of {total} items. Weights after {options}minimum weight {config.min_weight:g}.",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             progress.say(f"masked-loss inspect: {line}")
 
         sheets, shown = write_sheets(
-            Path(args.out), title, makers, config, notes, failed=failed, advance=progress.advance, debug=args.debug
+            Path(args.output), title, makers, config, notes, failed=failed, advance=progress.advance, debug=args.debug
         )
     if not sheets:
         raise UserError("nothing to show: every item has a problem")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 HELP = "Join a picture folder and a mask folder to RGBA PNGs, or split RGBA pictures into the two."
-EXAMPLE = "masked-loss to-alpha --images photos --masks masks --out rgba --captions .txt"
+EXAMPLE = "masked-loss to-alpha --images photos --masks masks --output rgba --captions .txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, metavar="DIR", help="the pictures; sub-folders are mirrored")
     parser.add_argument("--masks", required=True, metavar="DIR", help="the masks, by stem (with --split: written here)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures are written, as PNG")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures are written, as PNG")
     parser.add_argument("--split", action="store_true", help="the other way: RGBA to RGB and mask")
     parser.add_argument(
         "--captions", metavar="EXTENSION", help="copy caption files of this extension, for example .txt"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     conversion = Conversion(
         images=Path(args.images),
         masks=Path(args.masks),
-        out=Path(args.out),
+        out=Path(args.output),
         split=args.split,
         captions=args.captions,
         force=args.force,
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     )
     files, converted, unread = find_pictures(conversion)
     for folder in conversion.written_folders:
-        check_folder_is_writable(folder, "--out" if folder == conversion.out else "--masks")
+        check_folder_is_writable(folder, "--output" if folder == conversion.out else "--masks")
     with (
         folder_lock(conversion.written_folders, "masked-loss to-alpha"),
         Progress("to-alpha", len(files)) as progress,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     there = f", {present} already there" if present else ""
     print(
         printable(
-            f"{len(converted) - len(problems) - present} pictures written to {args.out}{there}, {len(problems)} problems"
+            f"{len(converted) - len(problems) - present} pictures written to {args.output}{there}, {len(problems)} problems"
         )
     )
     if unread:

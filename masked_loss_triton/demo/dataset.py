@@ -81,8 +81,8 @@ def generate_mask(file: Path, folder: Path, photo: Photo) -> float:
     """
     backend, _ = choose_backend(False, {})
     layer = Prompt(WORDLESS[split_backend(backend)[0]])
-    request = MaskRequest(prompts=(layer,), reference_box=photo.box, blur=MASK_BLUR)
-    generation = Generation(request=request, output_dir=folder, backend=backend)
+    request = MaskRequest(prompts=(layer,), reference_box=photo.box, mask_blur=MASK_BLUR)
+    generation = Generation(request=request, masks=folder, backend=backend)
     (done,) = generate_masks([Job(file, folder / file.name, is_clip=False)], generation)
     if done.status == "problem":
         raise UserError(done.message)

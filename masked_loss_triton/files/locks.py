@@ -45,7 +45,7 @@ def folder_lock(
     Who finds it taken says once for whom it waits. Folders that are absent, or that may not be written, are not locked:
     nothing can be written there. Use it round everything that decides what to write and writes it:
 
-        with folder_lock(args.output_dir, "masked-loss generate"):
+        with folder_lock(args.masks, "masked-loss generate"):
             ...
 
     A folder is the one that its path leads to: sub-folders have their own locks. Not for threads or for a block inside

@@ -1,7 +1,7 @@
 """Makes masks as a library: everything that decides a run, and the work on batches of pictures and on clips.
 
 jobs = find_jobs(Path("photos"), Path("masks")).jobs
-generation = Generation(request=MaskRequest(prompts=(Prompt("person"),)), output_dir=Path("masks"))
+generation = Generation(request=MaskRequest(prompts=(Prompt("person"),)), masks=Path("masks"))
 for done in generate_masks(jobs, generation):
     print(done.status, done.job.source, done.message)
 """
@@ -72,7 +72,7 @@ class Generation:
 
     Args:
         request: what is looked for, and how it becomes a mask.
-        output_dir: the folder of the masks.
+        masks: the folder of the masks.
         backend: DETECTOR+SEGMENTER, see `choose_backend`.
         models: the flags of the detector and the segmenter, by name: {"sam2_model": "facebook/sam2.1-hiera-small"}.
         device, dtype: of the models.
@@ -81,13 +81,13 @@ class Generation:
         no_detection: "none", "black" or "white": the mask where nothing was found.
         compare: whether each picture's mask is compared with what stands out, for its marks; half a second or two each.
         overwrite: which masks are made again: "none", "generated" (those of an earlier run), "drawn" (all; what was drawn by
-            hand is kept in a folder `.replaced-masks` in `output_dir`).
+            hand is kept in a folder `.replaced-masks` in `masks`).
         debug: let unexpected errors through instead of telling them as a problem of the file.
         started: names the folder of the copies.
     """
 
     request: MaskRequest
-    output_dir: Path
+    masks: Path
     backend: str = "florence2+sam2"
     models: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     device: str = "auto"
@@ -111,7 +111,7 @@ class Generation:
     @property
     def copies(self) -> Path:
         """Where masks drawn by hand are kept when they are replaced."""
-        return self.output_dir / COPIES / self.started
+        return self.masks / COPIES / self.started
 
     def note(self) -> dict[str, Any]:
         """What is written into each mask beside what was found. Files and folders by name: where they lie is private."""
@@ -193,7 +193,7 @@ class Worker:
         self.saliency = saliency
         self.engine, self.note, self.debug = engine, generation.note(), generation.debug
         self.fallback = FALLBACKS[generation.no_detection]
-        self.replacement = Replacement(generation.overwrite, generation.output_dir, generation.copies)
+        self.replacement = Replacement(generation.overwrite, generation.masks, generation.copies)
 
     def run(self, batch: Sequence[Job]) -> list[Done]:
         """What became of a batch: several pictures, or one clip."""

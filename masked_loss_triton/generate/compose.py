@@ -64,7 +64,7 @@ def compose(found: Mapping[str, Sequence[np.ndarray]], request: MaskRequest, sha
 
     Args:
         found: the masks, (H, W) bool, of the instances that count, by their words.
-        request: weights, exclusion, padding, blur, inversion.
+        request: weights, exclusion, dilation, blur, inversion.
         shape: (H, W).
 
     Returns:
@@ -74,10 +74,10 @@ def compose(found: Mapping[str, Sequence[np.ndarray]], request: MaskRequest, sha
     for prompt in request.prompts:
         layer = _union(found.get(prompt.words, ()), shape)
         if layer.any():
-            grey = np.maximum(grey, np.minimum(dilate(layer, request.padding), prompt.grey))
+            grey = np.maximum(grey, np.minimum(dilate(layer, request.mask_dilate), prompt.grey))
     for words in request.exclude:
         grey[_union(found.get(words, ()), shape) > 0] = 0
-    grey = blur(grey, request.blur)
+    grey = blur(grey, request.mask_blur)
     return 255 - grey if request.invert else grey
 
 

@@ -46,14 +46,14 @@ class Jobs:
     unread: Counter[str]
 
 
-def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: Shard = WHOLE, label: str = "") -> Jobs:
+def find_jobs(images: Path, masks: Path, clip_suffix: str = "", shard: Shard = WHOLE, label: str = "") -> Jobs:
     """Every picture and clip below a folder; sub-folders are mirrored.
 
     Masks are found by stem, so two pictures, or two clips, of one stem in one folder are a problem.
 
     Args:
-        input_dir: the pictures and clips. Hidden files and folders, and `output_dir`, are left out.
-        output_dir: the folder of the masks; it need not exist.
+        images: the pictures and clips. Hidden files and folders, and `masks`, are left out.
+        masks: the folder of the masks; it need not exist.
         clip_suffix: ".mkv" for a video as the mask of a clip, "" for a folder of PNGs.
         shard: only this part. Pictures and clips of one stem in one folder are in the same.
         label: of the masks, which are then called NAME.LABEL; "" for plain masks.
@@ -61,25 +61,23 @@ def find_jobs(input_dir: Path, output_dir: Path, clip_suffix: str = "", shard: S
     Raises:
         UserError: when the folder does not exist, or is the one that masks go to.
     """
-    if not input_dir.is_dir():
-        raise UserError(f"--input_dir {input_dir} is not a folder", 2)
-    output = output_dir.resolve()
-    if input_dir.resolve() == output:
-        raise UserError(
-            "--input_dir and --output_dir must be two folders: masks are found by the stem of the picture", 2
-        )
+    if not images.is_dir():
+        raise UserError(f"--images {images} is not a folder", 2)
+    output = masks.resolve()
+    if images.resolve() == output:
+        raise UserError("--images and --masks must be two folders: masks are found by the stem of the picture", 2)
     found = Jobs([], [], Counter())
     by_folder: dict[Path, list[Path]] = {}
-    for source in walk_files(input_dir, leave_out={output}):
+    for source in walk_files(images, leave_out={output}):
         kind = source.suffix.lower()
-        if (source.relative_to(input_dir).parent / source.stem) not in shard:
+        if (source.relative_to(images).parent / source.stem) not in shard:
             continue
         if kind in (*MASK_EXTENSIONS, *VIDEO_EXTENSIONS):
             by_folder.setdefault(source.parent, []).append(source)
         elif kind in UNREAD_EXTENSIONS:
             found.unread[kind] += 1
     for folder, sources in by_folder.items():
-        _add_jobs(found, sources, output_dir / folder.relative_to(input_dir), clip_suffix, f".{label}" if label else "")
+        _add_jobs(found, sources, masks / folder.relative_to(images), clip_suffix, f".{label}" if label else "")
     return found
 
 

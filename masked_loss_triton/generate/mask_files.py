@@ -214,12 +214,12 @@ class Replacement:
 
     Args:
         overwrite: "none", "generated" or "drawn"; the last allows all.
-        output_dir: the folder of the masks.
-        copies: the folder of the copies, with the sub-folders of `output_dir`.
+        masks: the folder of the masks.
+        copies: the folder of the copies, with the sub-folders of `masks`.
     """
 
     overwrite: str
-    output_dir: Path
+    masks: Path
     copies: Path
 
     def allows(self, path: Path) -> bool:
@@ -232,7 +232,7 @@ class Replacement:
             raise changed_meanwhile(target)
         empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
         if os.path.lexists(target) and target not in masks and not empty:
-            raise UserError(f"{target} is in the way and is no mask: move it, or give another --output_dir")
+            raise UserError(f"{target} is in the way and is no mask: move it, or give another --masks")
 
     def keep_copy(self, path: Path) -> tuple[int, ...]:
         """Copies a mask file that is about to be replaced, unless it is a generated one.
@@ -283,7 +283,7 @@ class Replacement:
                 raise changed_meanwhile(path)
 
     def _free_copy(self, path: Path) -> Path:
-        copy = self.copies / path.relative_to(self.output_dir)
+        copy = self.copies / path.relative_to(self.masks)
         _make_parent(copy)
         free, number = copy, 1
         while os.path.lexists(free):

@@ -34,13 +34,13 @@ def generate_masks_on_ray(
     batches = [[(job, stamp(job.target)) for job in batch] for batch in generation.batches(jobs)]
     if generation.device == "cpu" or set(split_backend(generation.backend)) <= set(ON_THE_CPU):
         options["num_gpus"] = options.get("num_gpus") or 0.0
-    guard = functools.partial(_guard, generation.output_dir, shard, run)
+    guard = functools.partial(_guard, generation.masks, shard, run)
     for finished in run_ray(functools.partial(_make, generation), batches, _lost, split=_split, guard=guard, **options):
         yield from finished
 
 
-def _guard(output_dir: Path, shard: Shard, run: str, batch: Batch) -> AbstractContextManager[None]:
-    return shard_lock(output_dir, "masked-loss generate", shard, run)
+def _guard(masks: Path, shard: Shard, run: str, batch: Batch) -> AbstractContextManager[None]:
+    return shard_lock(masks, "masked-loss generate", shard, run)
 
 
 def _make(generation: Generation) -> Callable[[Batch], list[Done]]:

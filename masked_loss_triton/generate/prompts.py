@@ -17,8 +17,8 @@ NUMBERS = {
     "min_score": (0, 1),
     "min_mask_score": (0, 1),
     "min_size": (0, 1),
-    "padding": (-MAX_PADDING, MAX_PADDING),
-    "blur": (0, MAX_BLUR),
+    "mask_dilate": (-MAX_PADDING, MAX_PADDING),
+    "mask_blur": (0, MAX_BLUR),
 }
 TIME = r"(?:\d+:)?\d+(?:\.\d*)?"
 INTERVAL = re.compile(rf"(?P<start>{TIME})-(?P<end>(?:{TIME})?)")
@@ -89,7 +89,7 @@ def parse_prompt(text: str) -> Prompt:
 class MaskRequest:
     """What is looked for in each picture, and how the instances that are found become one mask.
 
-    In this order: score and size, selection, union, padding, layers, exclusion, blur, inversion, intervals.
+    In this order: score and size, selection, union, dilation, layers, exclusion, blur, inversion, intervals.
 
     Args:
         prompts: the layers; where they overlap the highest weight wins.
@@ -99,8 +99,8 @@ class MaskRequest:
         min_score: instances below this score of the detector, 0 to 1, do not count.
         min_mask_score: the same for the segmenter's own estimate of its mask.
         min_size: instances below this share of the picture's area do not count.
-        padding: grow each prompt's mask by so many pixels; negative shrinks it.
-        blur: Gaussian; its standard deviation as a fraction, 0 to 0.05, of the picture's smaller side.
+        mask_dilate: grow each prompt's mask by so many pixels; negative shrinks it.
+        mask_blur: Gaussian; its standard deviation as a fraction, 0 to 0.05, of the picture's smaller side.
         invert: white where nothing was found.
         intervals: start and end in seconds; frames of a clip outside of all of them are black. None given leaves all as they are.
 
@@ -115,8 +115,8 @@ class MaskRequest:
     min_score: float = 0.0
     min_mask_score: float = 0.0
     min_size: float = 0.0
-    padding: int = 0
-    blur: float = 0.0
+    mask_dilate: int = 0
+    mask_blur: float = 0.0
     invert: bool = False
     intervals: tuple[tuple[float, float], ...] = ()
 

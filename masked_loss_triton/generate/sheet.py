@@ -50,24 +50,21 @@ def write_sheet(name: Path, jobs: list[Job], limit: int, title: str) -> int:
     return len(cards)
 
 
-def choose_sheet_name(given: str | None, input_dir: Path, output_dir: Path) -> Path:
+def choose_sheet_name(given: str | None, images: Path, masks: Path) -> Path:
     """Returns the name of the contact sheet without its ending: never where it would be read as a picture or as a mask.
 
-    By default it is `output_dir` with `_sheet`, or, where that would be among the pictures, the same beside `input_dir`.
+    By default it is `masks` with `_sheet`, or, where that would be among the pictures, the same beside `images`.
 
     Raises:
         UserError: for a given name in one of the two folders.
     """
-    pictures, masks = input_dir.resolve(), output_dir.resolve()
+    pictures, found = images.resolve(), masks.resolve()
     if given is None:
-        beside = (
-            output_dir.with_name(f"{output_dir.name}_sheet")
-            if output_dir.name
-            else masks.with_name(f"{masks.name}_sheet")
-        )
+        folder = masks if masks.name else found  # "." has no name
+        beside = folder.with_name(f"{folder.name}_sheet")
         among = beside.resolve().is_relative_to(pictures)
-        return pictures.with_name(f"{pictures.name}_{masks.name}_sheet") if among else beside
-    for flag, folder in (("--input_dir", pictures), ("--output_dir", masks)):
+        return pictures.with_name(f"{pictures.name}_{found.name}_sheet") if among else beside
+    for flag, folder in (("--images", pictures), ("--masks", found)):
         if Path(given).resolve().is_relative_to(folder):
             raise UserError(
                 f"--sheet {given} is in {flag} and would be read as a picture or mask: give another place", 2

@@ -29,7 +29,7 @@ def add_arguments(group: Any) -> None:
         "--static_dir",
         default="",
         metavar="DIR",
-        help="pictures of one size are compared in here (default: --input_dir)",
+        help="pictures of one size are compared in here (default: --images)",
     )
 
 

@@ -59,7 +59,7 @@ class Conversion:
         if not self.images.is_dir():
             raise UserError(f"--images {self.images} is not a folder", 2)
         if len({folder.resolve() for folder in (self.images, self.masks, self.out)}) < 3:
-            raise UserError("--images, --masks and --out must be three folders", 2)
+            raise UserError("--images, --masks and --output must be three folders", 2)
         if not self.split and not self.masks.is_dir():
             raise UserError(f"--masks {self.masks} is not a folder", 2)
         if self.split and self.weights:

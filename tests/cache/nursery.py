@@ -115,8 +115,8 @@ def warm_up(folder: Path) -> None:
     lab = Lab(folder)
     lab.picture("a", SIZE, disc(SIZE))
     lab.add_cache("a", SIZE)
-    main(["generate", "--input_dir", str(lab.images), "--output_dir", str(folder / "out"), "--backend", "grabcut"])
-    lab.run("cache", "--mask_directory", lab.masks)
+    main(["generate", "--images", str(lab.images), "--masks", str(folder / "out"), "--backend", "grabcut"])
+    lab.run("cache", "--masks", lab.masks)
 
 
 def serve() -> None:

@@ -36,7 +36,7 @@ def test_sources_in_their_order_and_provenance(lab, capsys):
     lab.picture("none")
     paths = {stem: lab.add_cache(stem) for stem in ("both", "file", "opaque", "none")}
     before = {stem: load_file(path) for stem, path in paths.items()}
-    assert lab.run("cache", "--alpha_mask", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--alpha_mask", "--masks", lab.masks) == 0
     said = capsys.readouterr().out
     assert "4 masks written" in said
     assert "alpha 1, file 2, full 1" in said
@@ -62,7 +62,7 @@ def test_a_default_mask_and_a_required_one(lab, capsys):
     lab.picture("none")
     path = lab.add_cache("none")
     before = path.read_bytes()
-    assert lab.run("cache", "--mask_directory", lab.masks, "--require_mask") == 1
+    assert lab.run("cache", "--masks", lab.masks, "--require_mask") == 1
     assert "none.png has no mask, and require_mask is set" in capsys.readouterr().err
     assert path.read_bytes() == before
     default = lab.folder / "default.png"
@@ -79,8 +79,8 @@ def test_a_required_mask_is_asked_for_again_where_a_cache_is_up_to_date(lab, cap
     lab.picture("none")
     lab.picture("some", mask=disc((160, 120)))
     lab.add_cache("none"), lab.add_cache("some")
-    flags = ("--mask_directory", lab.masks)
-    assert lab.run("cache", *flags, "--require_mask", "--dry-run") == 1
+    flags = ("--masks", lab.masks)
+    assert lab.run("cache", *flags, "--require_mask", "--dry_run") == 1
     assert lab.run("cache", *flags) == 0
     capsys.readouterr()
     assert lab.run("cache", *flags, "--require_mask") == 1
@@ -93,8 +93,8 @@ def test_running_again_writes_only_what_changed(lab, capsys):
     for stem in "abc":
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
-    flags = ("--mask_directory", lab.masks)
-    assert lab.run("cache", *flags, "--dry-run") == 0
+    flags = ("--masks", lab.masks)
+    assert lab.run("cache", *flags, "--dry_run") == 0
     assert "Dry run, nothing changed: 3 masks would be written" in capsys.readouterr().out
     assert not any(b"mask_weights" in data for data in snapshot(lab).values())
     assert lab.run("cache", *flags) == 0
@@ -122,9 +122,9 @@ def test_remove_gives_back_what_the_trainer_wrote(lab, capsys):
     lab.picture("a", mask=disc((160, 120)))
     lab.add_cache("a")
     before = snapshot(lab)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert snapshot(lab) != before
-    assert lab.run("cache", "--remove", "--dry-run") == 0
+    assert lab.run("cache", "--remove", "--dry_run") == 0
     assert snapshot(lab) != before
     assert lab.run("cache", "--remove") == 0
     assert snapshot(lab) == before
@@ -139,16 +139,14 @@ def test_pixel_operations_reach_the_weights(lab):
     lab.picture("a", mask=mask)
     path = lab.add_cache("a")
     plain = expected(mask)
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_dilate", "9", "--mask_blur", "0.01") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_dilate", "9", "--mask_blur", "0.01") == 0
     grown = weights(path)[0]
     assert torch.equal(grown, expected(MaskOperations(mask_dilate=9, mask_blur=0.01).apply(mask, "a")))
     assert grown.mean() > plain.mean()
-    assert (
-        lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_gamma", "2", "--mask_bake_min_weight", "0.5") == 0
-    )
+    assert lab.run("cache", "--masks", lab.masks, "--mask_bake_gamma", "2", "--mask_bake_min_weight", "0.5") == 0
     torch.testing.assert_close(weights(path)[0], plain**2 * 0.5 + 0.5, atol=2e-3, rtol=0)
     lab.add_cache("b")
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_invert") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_bake_invert") == 0
     torch.testing.assert_close(weights(path)[0], 1 - plain, atol=1e-3, rtol=0)
     assert torch.equal(weights(lab.cache / "b_0160x0120_wan.safetensors"), torch.ones(1, 14, 18))
 
@@ -157,7 +155,7 @@ def test_the_side_of_a_cell_comes_from_the_latents(tmp_path):
     lab = Lab(tmp_path, "hv15")
     lab.picture("a", mask=disc((160, 120)))
     path = lab.add_cache("a", cell=16)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     small = resize_to_bucket(disc((160, 120)), (144, 112))
     assert torch.equal(weights(path)[0], torch.from_numpy(to_latent(small, (7, 9))).half().float())
 
@@ -168,7 +166,7 @@ def test_a_cache_of_another_resolution_is_refused(lab, capsys):
     lab.resolution = (256, 192)
     lab.write_toml()
     before = path.read_bytes()
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "run the caching script again with this dataset file" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -177,13 +175,13 @@ def test_another_aspect_ratio_names_both_files(lab, capsys):
     picture = lab.picture("a", mask=disc((160, 117)))
     path = lab.add_cache("a")
     before = path.read_bytes()
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     line = capsys.readouterr().err
     assert f"{lab.masks / 'a.png'} is 160x117 but {picture} is 160x120" in line
     assert path.read_bytes() == before
     whole = Image.fromarray(disc((160, 120)))
     whole.resize((80, 60), Image.Resampling.BOX).save(lab.masks / "a.png")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert (weights(path)[0] - expected(disc((160, 120)))).abs().max() < 0.05
 
 
@@ -202,7 +200,7 @@ def test_a_mask_of_the_upright_picture_is_turned_back(lab, orientation):
     assert upright.size == (120, 160)
     upright.save(lab.masks / "a.png")
     path = lab.add_cache("a")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert torch.equal(weights(path)[0], expected(mask))
 
 
@@ -225,12 +223,12 @@ def test_one_frame_caches_carry_the_mask_at_the_target(lab, capsys):
     lab.picture("a", mask=disc((160, 120)))
     lab.write_toml(entry="fp_1f_clean_indices = [0, 7]\nfp_1f_target_index = 3")
     path = lab.add_cache("a", frames=3, extra={"f_indices_int32": torch.tensor([0, 3, 7], dtype=torch.int32)})
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     result = weights(path)
     assert torch.equal(result[1], expected(disc((160, 120))))
     assert torch.equal(result[[0, 2]], torch.ones(2, 14, 18))
     lab.write_toml()
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "fp_1f_target_index" in capsys.readouterr().err
 
 
@@ -242,13 +240,13 @@ def test_layered_caches_get_one_plane_for_each_layer(tmp_path, capsys):
     for index, alpha in enumerate(layers):
         lab.picture(f"a_{index}", alpha=alpha).with_suffix(".txt").unlink()
     path = lab.add_cache("a", frames=3)
-    assert lab.run("cache", "--alpha_mask", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--alpha_mask", "--masks", lab.masks) == 0
     result = weights(path)
     for plane, mask in zip(result, [disc((160, 120)), *layers], strict=True):
         assert torch.equal(plane, expected(mask))
     assert read(path)[1]["mask_source"] == "file,alpha,alpha"
     lab.write_toml()
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "set multiple_target" in capsys.readouterr().err
 
 
@@ -257,6 +255,6 @@ def test_control_latents_of_an_edit_model_stay(tmp_path):
     lab.picture("a", mask=disc((160, 120)))
     control = {"latents_control_0_1x20x30_bfloat16": torch.randn(16, 1, 20, 30).bfloat16()}
     path = lab.add_cache("a", extra=control)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert torch.equal(weights(path)[0], expected(disc((160, 120))))
     assert torch.equal(load_file(path)["latents_control_0_1x20x30_bfloat16"], next(iter(control.values())))

@@ -35,7 +35,7 @@ def test_a_cache_that_was_cut_short_is_named_and_the_rest_is_done(lab, capsys):
     cut = lab.cache / "b_0160x0120_wan.safetensors"
     data = cut.read_bytes()[:-100]
     cut.write_bytes(data)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     captured = capsys.readouterr()
     assert captured.err.count(str(cut)) == 1
     assert "2 masks written, 1 problems" in captured.out
@@ -46,14 +46,14 @@ def test_the_family_is_that_of_the_caches(lab, capsys):
     from masked_loss_triton.cli import main
 
     lab.picture("a", mask=disc((160, 120)))
-    flags = ["--dataset_config", str(lab.toml), "--mask_directory", str(lab.masks)]
+    flags = ["--dataset_config", str(lab.toml), "--masks", str(lab.masks)]
     assert main(["cache", *flags]) == 2
     assert "no latent caches to see it from: name the model family, --arch hv|" in capsys.readouterr().err
     path = lab.add_cache("a")
     assert main(["cache", *flags, "--arch", "hv"]) == 1
     assert "no hv latent caches in" in (said := capsys.readouterr().err)
     assert "but 1 of wan: give the family of these caches with --arch" in said
-    for command in (["cache"], ["check"], ["inspect", "--out", str(lab.folder / "sheet")]):
+    for command in (["cache"], ["check"], ["inspect", "--output", str(lab.folder / "sheet")]):
         assert main([*command, *flags]) == 0
     assert weights(path).shape == (1, 14, 18)
     path.with_name("b_0160x0120_new1.safetensors").touch()
@@ -66,7 +66,7 @@ def test_the_family_is_that_of_the_caches(lab, capsys):
 def test_an_orphaned_cache_gets_its_mask_by_stem(lab):
     Image.fromarray(disc((160, 120))).save(lab.masks / "gone.png")
     path = lab.add_cache("gone")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert torch.equal(weights(path)[0], expected(disc((160, 120))))
 
 
@@ -81,13 +81,13 @@ def test_a_file_name_that_is_no_text(lab, capsys):
     odd = [lab.cache / f"{name}_0160x0120_wan.safetensors" for name in (stem, stem + "2")]
     shutil.copy(plain, odd[1])
     plain.rename(odd[0])
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert "caf\\udce92" in capsys.readouterr().out
     os.link(odd[0], plain)
     assert read(plain)[1]["mask_file"] == "caf\\udce9.png"
     plain.unlink()
-    assert lab.run("check", "--mask_directory", lab.masks) == 1
-    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", lab.folder / "sheet") == 0
+    assert lab.run("check", "--masks", lab.masks) == 1
+    assert lab.run("inspect", "--masks", lab.masks, "--output", lab.folder / "sheet") == 0
 
 
 @pytest.mark.parametrize("command", ["cache", "check", "inspect", "to-alpha"])
@@ -108,8 +108,8 @@ def test_usage_errors(lab, capsys):
     lab.picture("a")
     for flags, line in (
         ((), "nothing says where the masks are"),
-        (("--mask_directory", lab.folder / "no"), "cannot be read"),
-        (("--mask_directory", lab.images), "itself, so that pictures would be masks"),
+        (("--masks", lab.folder / "no"), "cannot be read"),
+        (("--masks", lab.images), "itself, so that pictures would be masks"),
         (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.01"),
         (("--alpha_mask", "--remove", "--encode"), "--encode"),
     ):

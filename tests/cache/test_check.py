@@ -26,7 +26,7 @@ def lab(tmp_path):
 
 
 def problems(lab, capsys, *flags):
-    status = lab.run("check", "--mask_directory", lab.masks, "--json", *flags)
+    status = lab.run("check", "--masks", lab.masks, "--json", *flags)
     found = json.loads(capsys.readouterr().out)
     assert status == (1 if found else 0)
     return {(one["kind"], one["file"].rsplit("/", 1)[1]) for one in found}
@@ -36,10 +36,10 @@ def test_a_sound_dataset_has_no_problems(lab, capsys):
     for stem in "ab":
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     capsys.readouterr()
     assert problems(lab, capsys) == set()
-    assert lab.run("check", "--mask_directory", lab.masks) == 0
+    assert lab.run("check", "--masks", lab.masks) == 0
     assert "2 pictures and clips, 2 latent caches, 0 problems" in capsys.readouterr().out
 
 
@@ -78,7 +78,7 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
         lab.add_cache(stem)
     cut = lab.add_cache("cut")
     lab.add_cache("orphan")
-    lab.run("cache", "--mask_directory", lab.masks)
+    lab.run("cache", "--masks", lab.masks)
     lab.add_cache("unmasked")
     cut.write_bytes(cut.read_bytes()[:-1])
     Image.fromarray(disc(size, radius=0.1)).save(lab.masks / "changed.png")
@@ -104,7 +104,7 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
         ("outdated", "changed_0160x0120_wan.safetensors"),
         ("mixed", "cache"),
     }
-    assert lab.run("check", "--mask_directory", lab.masks) == 1
+    assert lab.run("check", "--masks", lab.masks) == 1
     table = capsys.readouterr().out
     elsewhere = ("frames", "order", "unread", "options", "damaged")
     assert all(f"\n{kind} (" in table for kind in KINDS if kind not in elsewhere)
@@ -146,7 +146,7 @@ def test_nothing_is_changed(lab, capsys):
     problems(lab, capsys)
     assert {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in lab.folder.rglob("*") if one.is_file()} == before
     assert path in before
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert [one.name for one in lab.cache.iterdir()] == [path.name], "the cache command clears them"
 
 
@@ -155,17 +155,17 @@ def test_it_says_how_caches_were_masked(lab, capsys):
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
     flags = ("--mask_dilate", "8", "--mask_blur", "0.005")
-    assert lab.run("cache", "--mask_directory", lab.masks, *flags) == 0
+    assert lab.run("cache", "--masks", lab.masks, *flags) == 0
     capsys.readouterr()
-    assert lab.run("check", "--mask_directory", lab.masks) == 0, "nobody asks for other options"
+    assert lab.run("check", "--masks", lab.masks) == 0, "nobody asks for other options"
     assert "Masked with: mask_dilate 8, mask_blur 0.005 (2)" in capsys.readouterr().out
-    assert lab.run("check", "--mask_directory", lab.masks, "--mask_dilate", "3") == 1
+    assert lab.run("check", "--masks", lab.masks, "--mask_dilate", "3") == 1
     said = capsys.readouterr().out
     assert said.count("masked with mask_dilate 8, mask_blur 0.005, now asked for mask_dilate 3: give the same") == 2
     assert "outdated" not in said
     Image.fromarray(disc((160, 120), radius=0.1)).save(lab.masks / "a.png")
     assert problems(lab, capsys, *flags) == {("outdated", "a_0160x0120_wan.safetensors")}
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     lab.add_cache("b")
     inject_only(lab, "b", mask_dilate=2)
     capsys.readouterr()
@@ -211,7 +211,7 @@ def test_what_cache_refuses_of_a_clip_is_found(tmp_path, capsys, spoil):
     before = problems(lab, capsys)
     spoil(lab)
     found = problems(lab, capsys) - before
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert found - {("unmasked", "clip_00000-004_0128x0128_wan.safetensors")}
 
 
@@ -250,7 +250,7 @@ def a_second_name(lab):
 def test_what_cache_refuses_of_a_picture_is_found(lab, capsys, spoil):
     lab.picture("a", alpha=disc((160, 120)))
     lab.add_cache("a")
-    flags = ("--alpha_mask", "--mask_directory", lab.masks)
+    flags = ("--alpha_mask", "--masks", lab.masks)
     assert problems(lab, capsys, "--alpha_mask") == {("unmasked", "a_0160x0120_wan.safetensors")}
     spoil(lab)
     found = problems(lab, capsys, "--alpha_mask", "--ignore", "orphan,unmasked")
@@ -263,15 +263,15 @@ def test_what_cache_refuses_of_a_picture_is_found(lab, capsys, spoil):
 def test_weights_that_are_none_are_found(lab, capsys, value):
     lab.picture("a", mask=disc((160, 120)))
     path = lab.add_cache("a")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     tensors, metadata = read(path)
     tensors["mask_weights_1x14x18_float16"][0, 0, 3, 3] = value
     save_file(tensors, path, metadata=metadata)
     capsys.readouterr()
     assert problems(lab, capsys) == {("cache", path.name)}
-    lab.run("check", "--mask_directory", lab.masks)
+    lab.run("check", "--masks", lab.masks)
     assert capsys.readouterr().out.endswith("are not all between 0 and 1: run masked-loss cache again\n")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     capsys.readouterr()
     assert problems(lab, capsys) == set()
 
@@ -287,7 +287,7 @@ def test_formats_that_nobody_reads_are_told_of(lab, capsys):
         ("unread", "c.tif"),
         ("unread", "d.exr"),
     }
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert "3 files of formats that are not read: b.HEIC, c.tif, d.exr" in capsys.readouterr().err
 
 
@@ -306,7 +306,7 @@ def test_a_clip_whose_frames_the_trainer_mixes_up(tmp_path, capsys):
     )
     assert problems(lab, capsys, "--arch", "wan") == {("order", "clip")}
     path = lab.add_cache("clip_00000-009", (128, 128), frames=3)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     texts = sorted(range(11), key=str)
     expected = clip_expected([frames_of(11)[t] for t in texts], 0, 9, 3)
     assert torch.equal(weights(path), expected), "the mask follows the clip as the trainer reads it"

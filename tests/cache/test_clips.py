@@ -34,13 +34,13 @@ def test_masks_of_clips_follow_every_window(tmp_path, form):
         frames = [frames[5]] * 13
     windows = [(0, 1, 1), (0, 13, 4), (4, 9, 3), (8, 5, 2)]
     paths = [lab.add_cache(f"clip_{s:05d}-{n:03d}", (128, 128), frames=f) for s, n, f in windows]
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     tolerance = 0.02 if form == "video" else 0
     for path, window in zip(paths, windows, strict=True):
         difference = (weights(path) - clip_expected(frames, *window)).abs().max()
         assert difference <= tolerance
     if form == "folder":
-        assert lab.run("cache", "--mask_directory", lab.masks, "--mask_time", "max") == 0
+        assert lab.run("cache", "--masks", lab.masks, "--mask_time", "max") == 0
         assert torch.equal(weights(paths[1]), clip_expected(frames, 0, 13, 4, "max"))
         assert (weights(paths[1]) >= clip_expected(frames, 0, 13, 4)).all()
 
@@ -54,7 +54,7 @@ def test_masks_lose_the_frames_that_the_clip_loses(tmp_path):
     for t, frame in enumerate(frames):
         Image.fromarray(frame).save(lab.masks / "clip" / f"{t:04d}.png")
     path = lab.add_cache("clip_00001-009", (128, 128), frames=3)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     kept = [frames[i] for i in kept_frames(20, 30.0, 16.0)]
     assert len(kept) < 12
     assert torch.equal(weights(path), clip_expected(kept, 1, 9, 3))
@@ -69,7 +69,7 @@ def test_a_mask_with_too_few_frames_is_refused_once(tmp_path, capsys):
         Image.fromarray(frame).save(lab.masks / "clip" / f"{t:04d}.png")
     for n, f in ((5, 2), (9, 3)):
         lab.add_cache(f"clip_00000-{n:03d}", (128, 128), frames=f)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     captured = capsys.readouterr()
     assert captured.err.count("has only 4 frames of the 9") == 1
     assert "2 problems" in captured.out

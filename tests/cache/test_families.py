@@ -58,10 +58,10 @@ def test_one_entry_is_enough(tmp_path, monkeypatch, capsys, command):
     lab = Lab(tmp_path, "new")
     lab.picture("a", mask=disc((160, 120)))
     path = lab.add_cache("a")
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert weights(path).shape == (1, 14, 18)
-    flags = ("--out", tmp_path / "sheet") if command == "inspect" else ()
-    assert lab.run(command, "--mask_directory", lab.masks, *flags) == 0
+    flags = ("--output", tmp_path / "sheet") if command == "inspect" else ()
+    assert lab.run(command, "--masks", lab.masks, *flags) == 0
 
 
 @pytest.mark.parametrize(("family", "cell"), [("kontext", 8), ("flux2", 16), ("ideogram4", 16), ("hidream", 32)])
@@ -72,17 +72,17 @@ def test_latents_without_a_frame_axis_and_tokens_take_the_same_mask(tmp_path, ca
         lab.picture("a", (160, 96), mask=disc((160, 96)))
     path, wan = (lab.add_cache("a", (160, 96), cell=cell) for lab in labs)
     for lab in labs:
-        assert lab.run("cache", "--mask_directory", lab.masks) == 0
+        assert lab.run("cache", "--masks", lab.masks) == 0
     assert weights(path).shape == (1, 96 // cell, 160 // cell)
     assert torch.equal(weights(path), weights(wan))
     lab = labs[0]
-    assert lab.run("check", "--mask_directory", lab.masks) == 0
-    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", tmp_path / "sheet") == 0
-    assert main(["inspect", "--cache", str(path), "--out", str(tmp_path / "bare")]) == 0
+    assert lab.run("check", "--masks", lab.masks) == 0
+    assert lab.run("inspect", "--masks", lab.masks, "--output", tmp_path / "sheet") == 0
+    assert main(["inspect", "--cache", str(path), "--output", str(tmp_path / "bare")]) == 0
     tensors = {f"latents_1x3x{160 // cell}_bfloat16": torch.zeros(16, 4, 160 // cell).bfloat16()}
     save_file(tensors, path)
     capsys.readouterr()
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "the shape of its latents is not the one in their name" in capsys.readouterr().err
 
 
@@ -91,14 +91,14 @@ def test_a_section_of_a_clip_gets_the_frames_of_the_section(tmp_path, capsys):
     lab = video_lab(tmp_path, frames_of(17))
     os.link(lab.images / "clip.mp4", lab.masks / "clip.mp4")
     whole = lab.add_cache("clip_00000-017", (128, 128), frames=5)
-    flags = ("--mask_directory", lab.masks, "--dtype", "float32")
+    flags = ("--masks", lab.masks, "--dtype", "float32")
     assert lab.run("cache", *flags) == 0
     lab.suffix = "fp"
     sections = [lab.add_cache(f"clip_00000-017-{number:04d}", (128, 128), frames=2) for number in range(2)]
     assert lab.run("cache", *flags) == 0
     assert torch.equal(torch.cat([weights(path) for path in sections]), weights(whole)[1:])
     assert lab.run("check", *flags[:2]) == 0
-    assert lab.run("inspect", *flags[:2], "--out", tmp_path / "sheet") == 0
+    assert lab.run("inspect", *flags[:2], "--output", tmp_path / "sheet") == 0
     lab.add_cache("clip_00000-017-0002", (128, 128), frames=2)
     capsys.readouterr()
     assert lab.run("cache", *flags) == 1

@@ -29,7 +29,7 @@ def facts(html) -> list[str]:
 
 def test_from_files_with_and_without_a_cache(lab, capsys):
     out = lab.folder / "sheets" / "sheet"
-    flags = ("--mask_directory", lab.masks, "--mask_min_weight", "0.25", "--out", out)
+    flags = ("--masks", lab.masks, "--mask_min_weight", "0.25", "--output", out)
     assert lab.run("inspect", *flags) == 0
     first = facts(out.with_suffix(".html"))
     assert any(
@@ -37,7 +37,7 @@ def test_from_files_with_and_without_a_cache(lab, capsys):
     )
     assert any("two" in one and "not cached yet" in one for one in first)
     assert all("(0.25 to 1.00)" in one for one in first)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert lab.run("inspect", *flags) == 0
     second = facts(out.with_suffix(".html"))
     assert any("weights in the cache, from file one.png" in one for one in second)
@@ -55,12 +55,12 @@ def test_from_files_with_and_without_a_cache(lab, capsys):
 def test_from_a_cache_alone(lab, capsys):
     path = lab.cache / "one_0160x0120_wan.safetensors"
     out = lab.folder / "sheet"
-    assert main(["inspect", "--cache", str(path), "--out", str(out)]) == 1
+    assert main(["inspect", "--cache", str(path), "--output", str(out)]) == 1
     assert "has no mask weights: run masked-loss cache" in capsys.readouterr().err
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     lab.images.rename(lab.folder / "elsewhere")
     for given in (path, lab.cache):
-        assert main(["inspect", "--cache", str(given), "--out", str(out), "--invert_mask"]) == 0
+        assert main(["inspect", "--cache", str(given), "--output", str(out), "--invert_mask"]) == 0
         (only,) = facts(out.with_suffix(".html"))
         assert "160x120, latents 1x14x18" in only
         assert "weights in the cache, from file one.png" in only
@@ -78,7 +78,7 @@ def test_a_strip_over_time(tmp_path):
     out = tmp_path / "sheet"
 
     def height() -> int:
-        assert lab.run("inspect", "--mask_directory", lab.masks, "--out", out) == 0
+        assert lab.run("inspect", "--masks", lab.masks, "--output", out) == 0
         with Image.open(out.with_suffix(".png")) as sheet:
             return sheet.height
 
@@ -105,7 +105,7 @@ def test_the_overlay_keeps_the_picture_where_the_weight_is_one():
 def test_a_broken_item_is_named_and_the_rest_shown(lab, capsys):
     (lab.masks / "two.png").write_bytes(b"")
     out = lab.folder / "sheet"
-    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", out) == 1
+    assert lab.run("inspect", "--masks", lab.masks, "--output", out) == 1
     captured = capsys.readouterr()
     assert "two.png is empty (0 bytes)" in captured.err
     assert "1 of 2 items, 1 problems" in captured.out
@@ -118,7 +118,7 @@ def test_many_items_are_drawn_sheet_by_sheet(lab, capsys, monkeypatch):
         lab.picture(stem, mask=disc((160, 120)))
     (lab.masks / "four.png").write_bytes(b"")
     out = lab.folder / "sheet"
-    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", out, "--limit", "100") == 1
+    assert lab.run("inspect", "--masks", lab.masks, "--output", out, "--sheet_limit", "100") == 1
     captured = capsys.readouterr()
     assert f"{out}.png and {out}.html, and 2 more sheets to {out}_3.html: 4 of 5 items, 1 problems" in captured.out
     sheets = [out, lab.folder / "sheet_2", lab.folder / "sheet_3"]
@@ -134,7 +134,7 @@ def test_only_sheets_are_replaced(lab, capsys, name):
     path.write_bytes(before := path.read_bytes() if path.exists() else b"a page")
     if name == "one.html":
         (lab.images / "one.png").rename(lab.images / "other.png")
-    assert lab.run("inspect", "--mask_directory", lab.masks, "--out", lab.images / "one") == 1
+    assert lab.run("inspect", "--masks", lab.masks, "--output", lab.images / "one") == 1
     assert f"{path} is there and is no contact sheet" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -142,11 +142,11 @@ def test_only_sheets_are_replaced(lab, capsys, name):
 def test_usage(lab, capsys):
     out = str(lab.folder / "sheet")
     for flags, line in (
-        (["--out", out], "give --cache or --dataset_config"),
-        (["--cache", str(lab.cache), "--out", out, "--mask_gamma", "0"], "gamma must be > 0"),
-        (["--cache", str(lab.cache), "--out", out, "--limit", "0"], "--limit must be 1 or more"),
+        (["--output", out], "give --cache or --dataset_config"),
+        (["--cache", str(lab.cache), "--output", out, "--mask_gamma", "0"], "gamma must be > 0"),
+        (["--cache", str(lab.cache), "--output", out, "--sheet_limit", "0"], "--sheet_limit must be 1 or more"),
         (
-            ["--cache", str(lab.cache), "--out", out, "--mask_blur_kernel_size", "1000001"],
+            ["--cache", str(lab.cache), "--output", out, "--mask_blur_kernel_size", "1000001"],
             "odd integer from 1 to 1023, got 1000001",
         ),
     ):

@@ -48,7 +48,7 @@ def test_every_cache_loads_after_sigkill_at_random_moments(tmp_path):
         originals[path] = load_file(path)
     draw = random.Random(11)
     masked, leftovers = 0, 0
-    flags = map(str, ("--dataset_config", lab.toml, "--arch", "wan", "--mask_directory", lab.masks))
+    flags = map(str, ("--dataset_config", lab.toml, "--arch", "wan", "--masks", lab.masks))
     nursery = subprocess.Popen(
         [sys.executable, "-c", NURSERY, *flags],
         stdin=subprocess.PIPE,
@@ -78,6 +78,6 @@ def test_every_cache_loads_after_sigkill_at_random_moments(tmp_path):
     assert nursery.returncode == 0
     assert masked > 0, "no run got far enough to write: the test has shown nothing"
     assert leftovers > 0, "no run was killed while it wrote: the test has shown nothing"
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_dilate", "9") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_dilate", "9") == 0
     assert sorted(os.listdir(lab.cache)) == sorted(path.name for path in originals)
     assert all(np.isfinite(one.float().numpy()).all() for path in originals for one in load_file(path).values())

@@ -35,7 +35,7 @@ def test_a_pixel_belongs_to_the_first_label_that_covers_it(tmp_path):
     Image.fromarray(face).save(lab.masks / "a.face.png")
     Image.fromarray(body).save(lab.masks / "a.body.png")
     path = lab.add_cache("a")
-    assert lab.run("cache", "--mask_directory", lab.masks, *BOTH, "--dtype", "float32") == 0
+    assert lab.run("cache", "--masks", lab.masks, *BOTH, "--dtype", "float32") == 0
     found = shares(path)
     height, width = found["face"].shape[1:]
     bucket = (width * 8, height * 8)
@@ -44,7 +44,7 @@ def test_a_pixel_belongs_to_the_first_label_that_covers_it(tmp_path):
     for label, pixels in (("face", face), ("body", alone), ("unlabelled", rest)):
         np.testing.assert_allclose(found[label][0], cells(pixels, bucket), atol=1e-4)  # resized pixels are rounded
     torch.testing.assert_close(weights(path), sum(found.values()).clamp(max=1))
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_labels", "body", "face", "--dtype", "float32") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_labels", "body", "face", "--dtype", "float32") == 0
     assert float(shares(path)["face"].max()) == 0  # the body covers the face
 
 
@@ -55,7 +55,7 @@ def test_what_changes_is_cached_again_and_remove_gives_the_file_back(tmp_path, c
     before = path.read_bytes()
 
     def run(*flags):
-        assert lab.run("cache", "--mask_directory", lab.masks, *flags) == 0
+        assert lab.run("cache", "--masks", lab.masks, *flags) == 0
         return capsys.readouterr().out.split("(")[0].strip()
 
     assert run(*BOTH) == "1 masks written"
@@ -79,7 +79,7 @@ def test_layers_have_labels_of_their_own(tmp_path):
         Image.fromarray(disc((160, 120), radius=radius)).save(lab.masks / f"{stem}.face.png")
     (lab.images / "a_1.txt").unlink()  # a layer of a, and no picture of its own
     path = lab.add_cache("a", frames=2)
-    assert lab.run("cache", "--mask_directory", lab.masks, *BOTH) == 0
+    assert lab.run("cache", "--masks", lab.masks, *BOTH) == 0
     first, second = shares(path)["face"]
     assert 0 < float(first.sum()) < float(second.sum())
     assert float(shares(path)["unlabelled"].max()) == 0
@@ -93,13 +93,13 @@ def test_labels_of_clips_move_and_stand_still(tmp_path):
         Image.fromarray(frame).save(lab.masks / "clip.face" / f"{t}.png")
     Image.fromarray(still).save(lab.masks / "clip.body.png")
     path = lab.add_cache("clip_00000-009", (128, 128), frames=3)
-    assert lab.run("cache", "--mask_directory", lab.masks, *BOTH) == 0
+    assert lab.run("cache", "--masks", lab.masks, *BOTH) == 0
     found = shares(path)
     for label, masks in (("face", frames), ("body", [np.minimum(still, 255 - frame) for frame in frames])):
         expected = group_frames(np.stack([cells(mask) for mask in masks]), 3)
         np.testing.assert_allclose(found[label], expected, atol=6e-4)  # float16
     (lab.masks / "clip.face" / "8.png").unlink()
-    assert lab.run("cache", "--mask_directory", lab.masks, *BOTH) == 1
+    assert lab.run("cache", "--masks", lab.masks, *BOTH) == 1
 
 
 def test_check_and_inspect_name_the_labels(tmp_path, capsys):
@@ -108,20 +108,20 @@ def test_check_and_inspect_name_the_labels(tmp_path, capsys):
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
     Image.fromarray(disc((160, 120), radius=0.1)).save(lab.masks / "a.face.png")
-    assert lab.run("cache", "--mask_directory", lab.masks, *BOTH) == 0
-    assert lab.run("check", "--mask_directory", lab.masks, *BOTH) == 0
+    assert lab.run("cache", "--masks", lab.masks, *BOTH) == 0
+    assert lab.run("check", "--masks", lab.masks, *BOTH) == 0
     assert "Labels: face in 1 caches, unlabelled in 2 caches" in capsys.readouterr().out
-    assert lab.run("inspect", "--mask_directory", lab.masks, *BOTH, "--out", tmp_path / "sheet") == 0
+    assert lab.run("inspect", "--masks", lab.masks, *BOTH, "--output", tmp_path / "sheet") == 0
     page = (tmp_path / "sheet.html").read_text()
     face = float(shares(next(lab.cache.glob("a_*")))["face"].mean())
     assert f"face {face:.1%}; body 0.0%; unlabelled" in page
     Image.fromarray(disc((160, 160))).save(lab.masks / "b.body.png")
     Image.fromarray(disc((160, 120))).save(lab.masks / "b.fcae.png")
-    assert lab.run("check", "--mask_directory", lab.masks, *BOTH) == 1
+    assert lab.run("check", "--masks", lab.masks, *BOTH) == 1
     output = capsys.readouterr().out
     assert "fcae is no label: did you mean face?" in output
     assert f"{lab.masks}/b.body.png" in output.split("aspect")[1]
-    lab.run("check", "--mask_directory", lab.masks)
+    lab.run("check", "--masks", lab.masks)
     assert "face is no label: name it: --mask_labels face" in capsys.readouterr().out
 
 
@@ -136,5 +136,5 @@ def test_check_and_inspect_name_the_labels(tmp_path, capsys):
 )
 def test_bad_labels_are_one_line(tmp_path, capsys, flags, message):
     lab = Lab(tmp_path)
-    assert lab.run("cache", "--mask_directory", lab.masks, *flags) == 2
+    assert lab.run("cache", "--masks", lab.masks, *flags) == 2
     assert message in capsys.readouterr().err

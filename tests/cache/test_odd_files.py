@@ -100,7 +100,7 @@ def odd(tmp_path_factory):
 @pytest.mark.slow
 def test_check_names_each_bad_file_once(odd, capsys):
     lab, bad_masks, bad_pictures = odd
-    assert lab.run("check", "--mask_directory", lab.masks, "--json") == 1
+    assert lab.run("check", "--masks", lab.masks, "--json") == 1
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     problems = [one for one in json.loads(captured.out) if one["kind"] not in ("unmasked", "full", "size")]
@@ -119,7 +119,7 @@ def test_check_names_each_bad_file_once(odd, capsys):
 @pytest.mark.slow
 def test_cache_names_each_bad_mask_once_and_does_the_rest(odd, capsys):
     lab, bad_masks, _ = odd
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert "Traceback" not in captured.err

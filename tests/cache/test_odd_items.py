@@ -30,7 +30,7 @@ def lab(tmp_path):
 
 @pytest.mark.parametrize("command", ["cache", "cache --remove", "check", "inspect"])
 def test_an_odd_cache_costs_nothing_but_its_line(lab, command, capsys):
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     capsys.readouterr()
     odd = lab.cache / "aa_0000x0000_wan.safetensors"
     shutil.copy(lab.cache / "a_0160x0120_wan.safetensors", odd)
@@ -40,8 +40,8 @@ def test_an_odd_cache_costs_nothing_but_its_line(lab, command, capsys):
     (lab.images / "b.txt").rename(lab.images / "line\nbreak.txt")
     (lab.masks / "b.png").rename(lab.masks / "line\nbreak.png")
     name, *flags = command.split()
-    flags += ["--out", lab.folder / "sheet"] if name == "inspect" else ["--workers", "1"]
-    status = lab.run(name, "--mask_directory", lab.masks, *flags)
+    flags += ["--output", lab.folder / "sheet"] if name == "inspect" else ["--workers", "1"]
+    status = lab.run(name, "--masks", lab.masks, *flags)
     said = "".join(capsys.readouterr())
     if command == "cache":
         assert "3 up to date, 1 problems" in said
@@ -65,13 +65,13 @@ def test_what_nobody_foresaw_is_one_line_too(lab, capsys, monkeypatch):
         return compute(item, *rest)
 
     monkeypatch.setattr(inject_module, "compute_weights", fail)
-    assert lab.run("cache", "--mask_directory", lab.masks, "--workers", "1") == 1
+    assert lab.run("cache", "--masks", lab.masks, "--workers", "1") == 1
     captured = capsys.readouterr()
     assert "2 masks written, 1 problems" in captured.out
     assert captured.err.count("\n") == 1
     assert "a_0160x0120_wan.safetensors: MemoryError: no room for this (--debug shows where)" in captured.err
     with pytest.raises(MemoryError):
-        lab.run("cache", "--mask_directory", lab.masks, "--debug")
+        lab.run("cache", "--masks", lab.masks, "--debug")
 
 
 def test_files_that_a_mac_leaves_and_links_to_themselves_are_no_masks(tmp_path):
@@ -84,9 +84,9 @@ def test_files_that_a_mac_leaves_and_links_to_themselves_are_no_masks(tmp_path):
     (lab.masks / "loop").symlink_to("loop")
     (lab.images / "._clip.mp4").write_bytes(b"\0\5\x16\7")
     path = lab.add_cache("clip_00000-005", (128, 128), frames=2)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     assert weights(path).mean() < 0.5
-    assert lab.run("check", "--mask_directory", lab.masks) == 0
+    assert lab.run("check", "--masks", lab.masks) == 0
 
 
 def test_an_animation_is_no_still_of_a_clip(tmp_path, capsys):
@@ -94,9 +94,9 @@ def test_an_animation_is_no_still_of_a_clip(tmp_path, capsys):
     lab = video_lab(tmp_path, frames_of(5))
     frames[0].save(lab.masks / "clip.gif", save_all=True, append_images=frames[1:])
     lab.add_cache("clip_00000-005", (128, 128), frames=2)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "clip.gif is an animation of 5 frames: give a folder" in capsys.readouterr().err
-    assert lab.run("check", "--mask_directory", lab.masks) == 1
+    assert lab.run("check", "--masks", lab.masks) == 1
     assert "is an animation of 5 frames" in capsys.readouterr().out
 
 
@@ -111,10 +111,10 @@ def test_a_mask_that_is_longer_than_its_clip_is_told_of_once(tmp_path, capsys, f
         write_video(lab.masks / form, masks, 16, lambda path: NO_FILE)
     lab.add_cache("clip_00000-005", (128, 128), frames=2)
     lab.add_cache("clip_00000-001", (128, 128), frames=1)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     captured = capsys.readouterr()
     assert captured.err.count(f"{form} has 7 frames, but") == 1
-    assert lab.run("check", "--mask_directory", lab.masks) == 1
+    assert lab.run("check", "--masks", lab.masks) == 1
     assert f"masks/{form}  has 7 frames, but" in capsys.readouterr().out
     assert "2 masks written" in captured.out
 
@@ -151,10 +151,10 @@ def test_a_window_without_end_ends(tmp_path, capsys):
     path = lab.add_cache("clip_00000-005", (128, 128), frames=2)
     endless = path.with_name("clip_00000-100000000001_0128x0128_wan.safetensors")
     path.rename(endless)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 1
+    assert lab.run("cache", "--masks", lab.masks) == 1
     assert "has only 5 frames of the 100000000001" in capsys.readouterr().err
-    assert lab.run("check", "--mask_directory", lab.masks) == 1
-    lab.run("inspect", "--out", lab.folder / "sheet")
+    assert lab.run("check", "--masks", lab.masks) == 1
+    lab.run("inspect", "--output", lab.folder / "sheet")
 
 
 def test_latents_that_are_not_finite_are_shown(lab):
@@ -165,7 +165,7 @@ def test_latents_that_are_not_finite_are_shown(lab):
         tensors = load_file(path)
         tensors["latents_1x14x18_bfloat16"][:, 0, :3, :4] = value
         save_file(tensors, path, metadata={"width": "160", "height": "120"})
-        assert main(["inspect", "--cache", str(path), "--out", str(lab.folder / "sheet")]) == 0
+        assert main(["inspect", "--cache", str(path), "--output", str(lab.folder / "sheet")]) == 0
 
 
 def test_names_cannot_write_to_the_terminal(lab, capsys):
@@ -175,10 +175,10 @@ def test_names_cannot_write_to_the_terminal(lab, capsys):
     (lab.images / "a.txt").rename(lab.images / "\x1b[2J.txt")
     (lab.cache / "a_0160x0120_wan.safetensors").rename(lab.cache / "\x1b[2J_0160x0120_wan.safetensors")
     (lab.masks / "\x1b[2J.png").write_bytes(b"")
-    for command in (["cache"], ["check"], ["inspect", "--out", lab.folder / "sheet"]):
-        assert lab.run(command[0], "--mask_directory", lab.masks, *command[1:]) == 1
+    for command in (["cache"], ["check"], ["inspect", "--output", lab.folder / "sheet"]):
+        assert lab.run(command[0], "--masks", lab.masks, *command[1:]) == 1
         said = "".join(capsys.readouterr())
         assert "\\x1b[2J" in said
         assert not {"\x1b", "\u202e"} & set(said)
-    assert lab.run("check", "--mask_directory", lab.masks, "--json") == 1
+    assert lab.run("check", "--masks", lab.masks, "--json") == 1
     assert json.loads(capsys.readouterr().out)

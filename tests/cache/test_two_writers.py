@@ -103,7 +103,7 @@ def test_damage_of_the_latents_is_seen_by_check_and_not_masked_over(tmp_path, ca
     for stem in "ab":
         lab.picture(stem, mask=disc((160, 120)))
     path, other = lab.add_cache("a"), lab.add_cache("b")
-    masks = ("--mask_directory", lab.masks)
+    masks = ("--masks", lab.masks)
     assert verify_tensors(read_header(path)) is None, "it has not been masked yet"
     assert lab.run("cache", *masks) == 0
     assert verify_tensors(read_header(path)) is True
@@ -130,7 +130,7 @@ def test_damage_of_the_latents_is_seen_by_check_and_not_masked_over(tmp_path, ca
 def test_weights_that_are_no_weights_are_made_anew(tmp_path, capsys):
     lab = Lab(tmp_path)
     lab.picture("a", mask=disc((160, 120)))
-    path, masks = lab.add_cache("a"), ("--mask_directory", lab.masks)
+    path, masks = lab.add_cache("a"), ("--masks", lab.masks)
     assert lab.run("cache", *masks) == 0
     good = path.read_bytes()
     file = read_header(path)
@@ -152,7 +152,7 @@ def test_weights_and_metadata_of_another_program_stay(tmp_path, capsys, dtype):
     lab.picture("a", mask=disc((160, 120)))
     lab.picture("b", mask=disc((160, 120)))
     other = lab.add_cache("b")
-    path, masks = lab.add_cache("a"), ("--mask_directory", lab.masks)
+    path, masks = lab.add_cache("a"), ("--masks", lab.masks)
     tensors, metadata = read(path)
     foreign = f"mask_weights_1x14x18_{str(dtype).removeprefix('torch.')}"
     tensors = {**tensors, foreign: torch.ones(1, 1, 14, 18, dtype=dtype)}
@@ -161,12 +161,12 @@ def test_weights_and_metadata_of_another_program_stay(tmp_path, capsys, dtype):
     assert lab.run("cache", *masks) == 1
     said = capsys.readouterr().err
     assert f"{path} has mask weights of another program ({foreign}): --force replaces them" in said
-    assert lab.run("cache", "--remove", "--dry-run") == 0
+    assert lab.run("cache", "--remove", "--dry_run") == 0
     assert lab.run("cache", "--remove") == 0
     assert path.read_bytes() == before
     assert not own_weights(read_header(other))
     assert lab.run("check", *masks) == 1
-    assert lab.run("inspect", *masks, "--out", tmp_path / "sheet") in (0, 1)
+    assert lab.run("inspect", *masks, "--output", tmp_path / "sheet") in (0, 1)
     assert "Traceback" not in capsys.readouterr().err
     assert lab.run("cache", *masks, "--force") == 0
     tensors, metadata = read(path)
@@ -186,7 +186,7 @@ def test_two_runs_with_other_options_keep_the_latents(tmp_path):
     command = [sys.executable, "-m", "masked_loss_triton", "cache", "--dataset_config", str(lab.toml), "--arch", "wan"]
     options = [("--mask_dilate", "1"), ("--mask_dilate", "9"), ("--dtype", "float32"), ("--remove",)]
     processes = [
-        subprocess.Popen([*command, "--mask_directory", str(lab.masks), *option], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, "--masks", str(lab.masks), *option], stderr=subprocess.PIPE, text=True)
         for option in options
     ]
     said = [process.communicate()[1] for process in processes]
@@ -237,7 +237,7 @@ def test_commands_and_kills_in_any_order(tmp_path, place):
             for stem, path in caches.items():
                 latents = load_file(path)["latents_1x14x18_bfloat16"]
                 assert any(torch.equal(latents, latents_of(stem, version)) for version in versions), (stem, versions)
-        masks = ("--mask_directory", lab.masks)
+        masks = ("--masks", lab.masks)
         assert lab.run("cache", *masks) == 0
         assert lab.run("check", *masks, "--ignore", "missing,full") == 0
         assert lab.run("cache", "--remove") == 0
@@ -252,16 +252,16 @@ def test_commands_and_kills_in_any_order(tmp_path, place):
 def round_of(lab, nurseries, draw, number, versions, seen):
     """Starts three commands, kills some, waits for all, and holds their statuses against what they said."""
     script = ["--version", str(number)]
-    cache = ["cache", "--dataset_config", str(lab.toml), "--arch", "wan", "--mask_directory", str(lab.masks)]
+    cache = ["cache", "--dataset_config", str(lab.toml), "--arch", "wan", "--masks", str(lab.masks)]
     commands = {
         "cache": [*cache, "--mask_dilate", str(number)],
         "again": [*cache, "--dtype", "float32", "--workers", "2"],
         "remove": [*cache, "--remove"],
         "generate": [
             "generate",
-            "--input_dir",
+            "--images",
             str(lab.images),
-            "--output_dir",
+            "--masks",
             str(lab.masks),
             "--backend",
             "grabcut",

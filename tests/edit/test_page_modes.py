@@ -70,7 +70,7 @@ def test_labels(driver, tmp_path):
 
 def test_clip(driver, tmp_path):
     lab = video_lab(tmp_path, frames_of(9))
-    with running("--dataset_config", lab.toml, "--mask_directory", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
+    with running("--dataset_config", lab.toml, "--masks", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
         page = Page(driver, server.address)
         page.open(0)
         page.set("size", 52)

@@ -187,7 +187,7 @@ def test_generate_keeps_what_was_drawn(server, lab, capsys):
     drawn = blank.copy()
     drawn[10:50, 20:90] = 200
     assert save(server, 1, drawn, version)[0] == 200
-    words = ["generate", "--input_dir", str(lab.images), "--output_dir", str(lab.masks), "--backend", "box+grabcut"]
+    words = ["generate", "--images", str(lab.images), "--masks", str(lab.masks), "--backend", "box+grabcut"]
     main([*words, "--overwrite"])
     assert np.array_equal(mask_of(server, 1)[0], drawn)
     assert request(f"{server.address}api/revert/1", b"")[0] == 200
@@ -214,13 +214,13 @@ def test_the_preview_is_what_cache_writes_and_mask_weights_makes_of_it(tmp_path)
     cache = lab.add_cache("cat", size=(333, 211))
     mask = disc((333, 211), centre=(0.9, 0.4))
     values = {"gamma": 0.6, "min_weight": 0.15, "floor": "clamp", "blur_kernel_size": 5, "invert": True}
-    with running("--dataset_config", lab.toml, "--mask_directory", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
+    with running("--dataset_config", lab.toml, "--masks", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
         size = f"width={mask.shape[1]}&height={mask.shape[0]}"
         asked = urllib.request.quote(json.dumps({**values, "prior": True}))
         status, body, _ = request(f"{server.address}api/preview/0?{size}&settings={asked}", mask.tobytes())
         assert status == 200
         assert save(server, 0, mask, "none")[0] == 200
-        assert lab.run("cache", "--mask_directory", lab.masks) == 0
+        assert lab.run("cache", "--masks", lab.masks) == 0
     found = json.loads(body)
     shape = found["height"], found["width"]
     cells = np.frombuffer(base64.b64decode(found["cells"]), np.float16).reshape(shape)
@@ -248,7 +248,7 @@ def test_frames_of_a_clip(tmp_path):
     lab = video_lab(tmp_path, frames_of(9))
     (lab.masks / "clip.png").write_bytes(b"")
     (lab.masks / "clip.png").unlink()
-    with running("--dataset_config", lab.toml, "--mask_directory", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
+    with running("--dataset_config", lab.toml, "--masks", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
         answer = request(f"{server.address}api/picture/0?frame=4")
         assert answer[2]["x-frames"] == "9"
         key = frames_of(9)[0]
@@ -281,7 +281,7 @@ def test_write_into_caches_runs_cache(tmp_path):
     lab = Lab(tmp_path)
     lab.picture("cat", mask=disc((160, 120)))
     cache = lab.add_cache("cat")
-    with running("--dataset_config", lab.toml, "--mask_directory", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
+    with running("--dataset_config", lab.toml, "--masks", lab.masks, "--arch", "wan", cwd=tmp_path) as server:
         assert request(f"{server.address}api/cache", b"")[0] == 200
         task = finished(server)
     assert not task["failed"]

@@ -22,8 +22,8 @@ def lab(tmp_path_factory):
         if i != 3:  # not cached
             lab.add_cache(f"p{i}")
     # Every third is masked with other operations, and two not at all: both are seen only by looking at all.
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_dilate", "2") == 0
-    assert lab.run("cache", "--mask_directory", lab.masks, "--shard", "1/3") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_dilate", "2") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--shard", "1/3") == 0
     for stem in ("p5", "p9"):
         lab.add_cache(stem)
     for stem in ("unused1", "unused2", os.fsdecode(b"unused\xff")):
@@ -37,7 +37,7 @@ def lab(tmp_path_factory):
 
 def check(lab, capsys, *flags):
     """(exit status, standard output)"""
-    status = lab.run("check", "--mask_directory", lab.masks, *flags)
+    status = lab.run("check", "--masks", lab.masks, *flags)
     return status, capsys.readouterr().out
 
 

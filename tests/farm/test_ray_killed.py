@@ -111,7 +111,7 @@ def test_generate_on_ray_killed_at_random_moments(tmp_path):
         Image.fromarray(subject(i, (48, 32))[0]).save(tmp_path / "in" / f"p{i:03d}.png")
     assert generate(tmp_path, out="one") == 0
     whole = contents(tmp_path / "one")
-    paths = ["--input_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--sheet_limit", "0"]
+    paths = ["--images", str(tmp_path / "in"), "--masks", str(tmp_path / "out"), "--sheet_limit", "0"]
     command = [sys.executable, "-m", "masked_loss_triton", "generate", *paths, "--backend", "grabcut"]
     command += ["--engine", "ray", "--workers", "2"]
     status, out, killed, written = run_and_kill(command, tmp_path / "out", set(whole), 5)
@@ -131,8 +131,8 @@ def test_cache_on_ray_killed_at_random_moments(tmp_path):
         lab.picture(f"p{i}", mask=disc((160, 120), (i / count, 0.5)) if i % 6 else None)
         lab.add_cache(f"p{i}")
     before = contents(lab.cache)
-    flags = ["--dataset_config", str(lab.toml), "--arch", "wan", "--mask_directory", str(lab.masks)]
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    flags = ["--dataset_config", str(lab.toml), "--arch", "wan", "--masks", str(lab.masks)]
+    assert lab.run("cache", "--masks", lab.masks) == 0
     whole = contents(lab.cache)
     for name, content in before.items():
         (lab.cache / name).write_bytes(content)
@@ -142,3 +142,46 @@ def test_cache_on_ray_killed_at_random_moments(tmp_path):
     assert len(killed) == KILLS
     assert contents(lab.cache) == whole, "other files, or something left over"
     assert written == dict.fromkeys(whole, 1), "something was written twice"
+
+
+LEAVES_A_TEMPORARY_FILE = """
+import os, subprocess, sys
+from masked_loss_triton.cache import on_ray as cache
+from masked_loss_triton.cli import main
+from masked_loss_triton.generate import on_ray as generate
+folder, *words = sys.argv[1:]
+module, name = {"cache": (cache, "inject_on_ray"), "generate": (generate, "generate_masks_on_ray")}[words[0]]
+work = getattr(module, name)
+writer = '''
+import os, signal, sys
+from masked_loss_triton.files.atomic import replace_file
+replace_file(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))
+'''
+def work_and_die(*given, **named):
+    yield from work(*given, **named)
+    subprocess.run([sys.executable, "-c", writer, folder + "/left"])
+    print("left", [name for name in os.listdir(folder) if name.endswith("masktmp")], flush=True)
+setattr(module, name, work_and_die)
+sys.exit(main(words))
+"""
+
+
+@pytest.mark.slow
+@on_linux
+@pytest.mark.parametrize("command", ["generate", "cache"])
+def test_what_the_last_worker_to_die_left_is_removed(tmp_path, command):
+    """The run goes on with the others, and no later one is needed to clear up."""
+    lab = Lab(tmp_path)
+    lab.picture("p", mask=disc((160, 120)) if command == "cache" else None)
+    lab.add_cache("p")
+    folder = lab.cache if command == "cache" else lab.masks
+    flags = {
+        "generate": ["--images", lab.images, "--backend", "grabcut", "--sheet_limit", "0"],
+        "cache": ["--dataset_config", lab.toml],
+    }
+    words = [folder, command, *flags[command], "--masks", lab.masks, "--engine", "ray", "--workers", "1"]
+    python = [sys.executable, "-c", LEAVES_A_TEMPORARY_FILE, *map(str, words)]
+    finished = subprocess.run(python, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "left ['.left." in finished.stdout
+    assert not any("masktmp" in path for path in os.listdir(folder))

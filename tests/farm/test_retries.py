@@ -39,7 +39,7 @@ def test_generate(tmp_path, overwrite, no_detection, clip_suffix):
     write_clip(source / "c.mp4", [subject(4)[0]] * 3)
     request = MaskRequest(prompts=(Prompt("subject"),), min_size=0.15)
     generation = Generation(
-        request=request, output_dir=out, backend="grabcut", overwrite=overwrite, no_detection=no_detection
+        request=request, masks=out, backend="grabcut", overwrite=overwrite, no_detection=no_detection
     )
     work = on_ray._make(generation)
 
@@ -69,7 +69,7 @@ def test_a_batch_of_which_a_part_was_written_is_finished(tmp_path):
     for i in range(4):
         Image.fromarray(subject(i)[0]).save(tmp_path / "in" / f"p{i}.png")
     request = MaskRequest(prompts=(Prompt("subject"),))
-    generation = Generation(request=request, output_dir=tmp_path / "out", backend="grabcut")
+    generation = Generation(request=request, masks=tmp_path / "out", backend="grabcut")
     jobs = find_jobs(tmp_path / "in", tmp_path / "out").jobs
     batch = [(job, stamp(job.target)) for job in jobs]
     work = on_ray._make(generation)
@@ -87,7 +87,7 @@ def test_cache(tmp_path, options):
         lab.picture(f"p{i}", mask=disc((160, 120)))
         lab.add_cache(f"p{i}")
     if options:
-        assert lab.run("cache", "--mask_directory", lab.masks) == 0
+        assert lab.run("cache", "--masks", lab.masks) == 0
     dataset = dataclasses.replace(lab.dataset(), mask_directory=lab.masks)
     prepared = prepare(dataset, FAMILIES["wan"])
     defaults = {"remove": False, "dtype": "float16", "dry_run": False, "force": False, "debug": True}

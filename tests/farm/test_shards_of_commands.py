@@ -45,7 +45,7 @@ def photos(tmp_path):
 def test_shards_of_generate_at_the_same_time_are_one_run(photos, capsys):
     assert generate(photos, "--sheet_limit", "5") == 1
     one = capsys.readouterr()
-    paths = ["--input_dir", photos / "in", "--output_dir", photos / "shards", "--backend", "grabcut"]
+    paths = ["--images", photos / "in", "--masks", photos / "shards", "--backend", "grabcut"]
     running = [
         start("generate", *paths, "--shard", "env", SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_COUNT="3")
         for i in range(3)
@@ -112,12 +112,12 @@ def test_shards_of_cache_are_one_run(tmp_path, clips):
             lab.picture(stem, mask=disc((160, 120)) if i % 4 else None)
             lab.add_cache(stem)
     before = contents(lab.cache)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     one = contents(lab.cache)
     assert one != before
     for name, content in before.items():
         (lab.cache / name).write_bytes(content)
-    flags = ["--dataset_config", lab.toml, "--arch", "wan", "--mask_directory", lab.masks]
+    flags = ["--dataset_config", lab.toml, "--arch", "wan", "--masks", lab.masks]
     running = [start("cache", *flags, "--shard", f"{i}/3") for i in range(3)]
     said = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0] * 3, said
@@ -150,7 +150,7 @@ def test_flags_that_make_no_sense_are_refused(photos, capsys, monkeypatch, flags
         lab = Lab(photos / "lab")
         assert lab.run("cache", *flags) == 2
     else:
-        paths = ["--input_dir", str(photos / "in"), "--output_dir", str(photos / "out")]
+        paths = ["--images", str(photos / "in"), "--masks", str(photos / "out")]
         assert main(["generate", *paths, "--backend", "grabcut", *flags]) == 2
     err = capsys.readouterr().err.strip()
     assert said in err

@@ -33,7 +33,7 @@ def save(path: Path, seed: int = 0, **options: Any) -> np.ndarray:
 
 def generate(folder: Path, *flags, source: str = "in", out: str = "out") -> int:
     """Runs the command on folder/in with GrabCut; without a contact sheet, unless the flags ask for one."""
-    paths = ["--input_dir", str(folder / source), "--output_dir", str(folder / out)]
+    paths = ["--images", str(folder / source), "--masks", str(folder / out)]
     quiet = [] if "--sheet_limit" in flags else ["--sheet_limit", "0"]
     return main(["generate", *paths, "--backend", "grabcut", *quiet, *map(str, flags)])
 

@@ -15,7 +15,7 @@ from tests.generate.support import subject, write_clip
 
 
 def generate(lab: Lab, *flags) -> int:
-    paths = ["--input_dir", str(lab.images), "--output_dir", str(lab.masks)]
+    paths = ["--images", str(lab.images), "--masks", str(lab.masks)]
     return main(["generate", *paths, "--backend", "grabcut", *flags])
 
 
@@ -31,11 +31,11 @@ def test_pictures(tmp_path, capsys):
         (lab.images / f"p{seed}.txt").write_text("a caption")
     paths = [lab.add_cache(f"p{seed}", (128, 128)) for seed in range(3)]
     assert generate(lab) == 0
-    flags = ("--mask_directory", lab.masks, "--require_mask")
+    flags = ("--masks", lab.masks, "--require_mask")
     assert lab.run("cache", *flags) == 0
     assert lab.run("check", *flags) == 0
     assert "0 problems" in capsys.readouterr().out
-    assert lab.run("inspect", *flags, "--out", tmp_path / "sheet") == 0
+    assert lab.run("inspect", *flags, "--output", tmp_path / "sheet") == 0
     for seed, path in enumerate(paths):
         mask = np.array(Image.open(lab.masks / f"p{seed}.png"))
         assert torch.equal(weights(path)[0], torch.from_numpy(latent(mask)).half().float())
@@ -54,7 +54,7 @@ def test_a_picture_that_exif_turns(tmp_path):
     (lab.images / "turned.txt").write_text("a caption")
     path = lab.add_cache("turned", (128, 128))
     assert generate(lab) == 0
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     truth = torch.from_numpy(latent(np.rot90(mask) * np.uint8(255)))
     assert (weights(path)[0] - truth).abs().mean() < 0.03
     assert (weights(path)[0] - truth.T).abs().mean() > 0.05, "upright and turned are alike: the test has shown nothing"
@@ -69,7 +69,7 @@ def test_clips(tmp_path, form, capsys):
     paths = {window: lab.add_cache(f"clip_{window[0]:05d}-{window[1]:03d}", (128, 128), frames=window[2])
              for window in ((0, 13, 4), (4, 9, 3))}  # fmt: skip
     assert generate(lab, "--clip_output", form, "--key_interval", "5") == 0
-    flags = ("--mask_directory", lab.masks, "--require_mask")
+    flags = ("--masks", lab.masks, "--require_mask")
     assert lab.run("cache", *flags) == 0
     assert lab.run("check", *flags) == 0
     assert "0 problems" in capsys.readouterr().out

@@ -80,15 +80,15 @@ def test_what_is_there_is_kept_and_overwrite_makes_it_again(folder, capsys):
     assert "2 masks written, 1 already there" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
     assert sorted(path.name for path in before) == ["p0.png", "p1.webp", "p2.png"]
-    assert generate(folder, "--padding", "2") == 0
+    assert generate(folder, "--mask_dilate", "2") == 0
     said = capsys.readouterr().out
     assert "0 masks written, 3 already there" in said
     assert "2 of those already there were made with other settings" in said
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
-    assert generate(folder, "--padding", "2", "--overwrite") == 0
+    assert generate(folder, "--mask_dilate", "2", "--overwrite") == 0
     assert "2 masks written, 1 already there, 0 without" in capsys.readouterr().out
     assert (folder / "out" / "p1.webp").read_bytes() == by_hand
-    assert generate(folder, "--padding", "2") == 0
+    assert generate(folder, "--mask_dilate", "2") == 0
     assert "other settings" not in capsys.readouterr().out
 
 
@@ -171,7 +171,7 @@ def test_a_mask_says_what_it_was_made_with(folder):
 def test_mistakes_are_one_line(folder, capsys, flags, text):
     from masked_loss_triton.cli import main
 
-    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
     assert main(["generate", *paths, "--backend", "grabcut", *flags]) == 2
     assert text in capsys.readouterr().err
 
@@ -241,7 +241,7 @@ def test_folders_that_cannot_be_written_are_told_before_the_work_and_never_cost_
     (folder / "file").write_text("x")
     # With a backend whose weights are absent: they would be asked for next.
     assert generate(folder, "--backend", "florence2+sam2", "--text_prompt", "a", out="file/out") == 2
-    assert f"--output_dir {folder / 'file' / 'out'} cannot be written (Not a directory)" in capsys.readouterr().err
+    assert f"--masks {folder / 'file' / 'out'} cannot be written (Not a directory)" in capsys.readouterr().err
     assert generate(folder, "--sheet_limit", "4", "--sheet", folder / "file" / "look") == 1
     said = capsys.readouterr()
     assert "look.png cannot be written (" in said.err
@@ -253,7 +253,7 @@ def test_two_runs_on_one_folder_take_turns(folder, capsys):
     (folder / "out").mkdir()
     with contextlib.ExitStack() as release:
         release.enter_context(folder_lock(folder / "out", "another run"))
-        paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+        paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
         command = [
             sys.executable,
             "-m",

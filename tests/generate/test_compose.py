@@ -47,20 +47,20 @@ def test_the_instances_of_a_prompt_are_united():
 
 def test_excluded_words_are_black_after_padding_and_before_the_blur():
     found = {"a": [area(10, 5, 20, 15)], "hand": [area(0, 0, 12, 20)]}
-    grey = compose(found, options("a", exclude=("hand",), padding=3), SHAPE)
+    grey = compose(found, options("a", exclude=("hand",), mask_dilate=3), SHAPE)
     assert (grey[:, :12] == 0).all()
     assert grey[10, 22] == 255
     assert grey[10, 23] == 0
-    blurred = compose(found, options("a", exclude=("hand",), blur=0.05), SHAPE)
+    blurred = compose(found, options("a", exclude=("hand",), mask_blur=0.05), SHAPE)
     assert 0 < blurred[10, 11] < 255
 
 
 def test_padding_grows_by_a_disc_and_shrinks():
     found = {"a": [area(10, 10, 11, 11)]}
-    grown = compose(found, options("a=0.5", padding=4), SHAPE)
+    grown = compose(found, options("a=0.5", mask_dilate=4), SHAPE)
     y, x = np.mgrid[0:20, 0:30]
     assert np.array_equal(grown, np.where((y - 10) ** 2 + (x - 10) ** 2 <= 16, 128, 0))
-    shrunk = compose({"a": [area(5, 5, 15, 15)]}, options("a", padding=-2), SHAPE)
+    shrunk = compose({"a": [area(5, 5, 15, 15)]}, options("a", mask_dilate=-2), SHAPE)
     assert shrunk[7:13, 7:13].min() == 255
     assert (shrunk > 0).sum() == 36
 
@@ -69,7 +69,7 @@ def test_the_blur_is_a_gaussian_of_a_fraction_of_the_smaller_side():
     shape = (200, 300)
     mask = np.zeros(shape, bool)
     mask[:, 150:] = True
-    row = compose({"a": [mask]}, options(blur=0.02), shape)[100].astype(float) / 255
+    row = compose({"a": [mask]}, options(mask_blur=0.02), shape)[100].astype(float) / 255
     spread = np.diff(row)
     centre = (spread * np.arange(299)).sum() / spread.sum()
     assert np.sqrt((spread * (np.arange(299) - centre) ** 2).sum()) == pytest.approx(4, rel=0.03)
@@ -77,8 +77,8 @@ def test_the_blur_is_a_gaussian_of_a_fraction_of_the_smaller_side():
 
 def test_inversion_comes_last():
     found = {"a": [area(5, 5, 15, 15)], "b": [area(0, 0, 7, 20)]}
-    straight = compose(found, options("a=0.4", exclude=("b",), padding=1, blur=0.03), SHAPE)
-    inverted = compose(found, options("a=0.4", exclude=("b",), padding=1, blur=0.03, invert=True), SHAPE)
+    straight = compose(found, options("a=0.4", exclude=("b",), mask_dilate=1, mask_blur=0.03), SHAPE)
+    inverted = compose(found, options("a=0.4", exclude=("b",), mask_dilate=1, mask_blur=0.03, invert=True), SHAPE)
     assert np.array_equal(inverted, 255 - straight)
     assert (compose({}, options(invert=True), SHAPE) == 255).all()
 
@@ -134,8 +134,8 @@ def test_even_the_smallest_weight_is_not_black():
     [
         ({"min_score": 1.5}, "--min_score must be between 0 and 1, got 1.5"),
         ({"min_size": float("nan")}, "--min_size"),
-        ({"blur": 0.2}, "--blur must be between 0 and 0.05"),
-        ({"padding": 5000}, "--padding"),
+        ({"mask_blur": 0.2}, "--mask_blur must be between 0 and 0.05"),
+        ({"mask_dilate": 5000}, "--mask_dilate"),
         ({"reference_box": (0.5, 0, 0.4, 1)}, "--reference_box"),
         ({"exclude": ("a",)}, "prompt 'a' is given twice"),
     ],

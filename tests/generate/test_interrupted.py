@@ -24,7 +24,7 @@ def test_killed_and_resumed_gives_the_same_files(folder):
     for number in range(3):
         write_clip(folder / "in" / f"clip{number}.mp4", [subject(s)[0] for s in range(12)])
     assert generate(folder, out="whole", source="in") == 0
-    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
     command = [
         sys.executable,
         "-m",
@@ -76,7 +76,7 @@ def some(*args):
     save(*args)
 mask_files._save = some
 from masked_loss_triton.cli import main
-main(["generate", "--input_dir", {str(folder / "in")!r}, "--output_dir", {str(folder / "out")!r}, "--backend", "grabcut"])
+main(["generate", "--images", {str(folder / "in")!r}, "--masks", {str(folder / "out")!r}, "--backend", "grabcut"])
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     (left,) = (folder / "out").glob(".*.masktmp")
@@ -115,7 +115,7 @@ assert main(["generate", *sys.argv[1:], "--backend", "grabcut", "--sheet_limit",
 early = max(peak for done, peak in peaks if done <= 100)
 print("PEAKS", early, peaks[-1][1], peaks[-1][0])
 """
-    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
     result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     early, late, done = map(int, result.stdout.split("PEAKS")[1].split())

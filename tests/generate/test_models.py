@@ -35,7 +35,7 @@ def arguments(name, models, **changes) -> dict:
 
 
 def generate(folder, *flags) -> int:
-    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out")]
+    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
     return main(["generate", *paths, *map(str, flags)])
 
 

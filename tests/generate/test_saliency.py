@@ -36,7 +36,7 @@ def weights():
 
 
 def run(folder, *flags, source="in", out="out"):
-    paths = ["--input_dir", str(folder / source), "--output_dir", str(folder / out)]
+    paths = ["--images", str(folder / source), "--masks", str(folder / out)]
     return main(["generate", *paths, "--sheet_limit", "0", *map(str, flags)])
 
 

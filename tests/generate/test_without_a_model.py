@@ -100,7 +100,7 @@ def test_small_pictures_have_a_difference_too(size):
 
 
 def run(folder: Path, *flags: object) -> int:
-    paths = ["--input_dir", str(folder / "in"), "--output_dir", str(folder / "out"), "--sheet_limit", "0"]
+    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out"), "--sheet_limit", "0"]
     return main(["generate", *paths, *map(str, flags)])
 
 

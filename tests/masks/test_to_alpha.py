@@ -23,7 +23,7 @@ def folders(tmp_path):
 
 
 def run(images, masks, out, *flags):
-    return main(["to-alpha", "--images", str(images), "--masks", str(masks), "--out", str(out), *flags])
+    return main(["to-alpha", "--images", str(images), "--masks", str(masks), "--output", str(out), *flags])
 
 
 def make(path, seed, size=(40, 30), channels=3, **options):

@@ -47,5 +47,5 @@ def caches(folder: Path, name: str, masks: str = "disc", stems: str = "abcd") ->
         lab.add_cache(stem, size, dtype=dtype)
         add_text(lab, stem, 5 + number)
     if masks != "none":
-        assert lab.run("cache", "--mask_directory", lab.masks) == 0
+        assert lab.run("cache", "--masks", lab.masks) == 0
     return lab

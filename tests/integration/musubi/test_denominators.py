@@ -22,7 +22,7 @@ def lab(tmp_path_factory):
     """Three pictures of one size: a large mask, a small one, none of it white. Text of one length, as a batch needs it."""
     made = caches(tmp_path_factory.mktemp("lab"), "wan", stems="abc")
     Image.fromarray(np.zeros((128, 128), np.uint8)).save(made.masks / "c.png")
-    assert made.run("cache", "--mask_directory", made.masks) == 0
+    assert made.run("cache", "--masks", made.masks) == 0
     return made
 
 

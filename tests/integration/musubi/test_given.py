@@ -61,7 +61,7 @@ def clips(tmp_path_factory):
         Image.fromarray(disc((128, 128))).save(lab.masks / f"{stem}.png")
         lab.add_cache(f"{stem}_00000-017", (128, 128), frames=5)
         add_text(lab, f"{stem}_00000-017", 5)
-    assert lab.run("cache", "--mask_directory", lab.masks) == 0
+    assert lab.run("cache", "--masks", lab.masks) == 0
     return lab
 
 

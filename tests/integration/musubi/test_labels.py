@@ -26,7 +26,7 @@ def lab(tmp_path_factory):
         Image.fromarray(disc((128, 128), radius=0.4)).save(lab.masks / f"{stem}.body.png")
         Image.fromarray(disc((128, 128), radius=0.15)).save(lab.masks / f"{stem}.face.png")
     Image.fromarray(disc((128, 128), radius=0.2)).save(lab.masks / "b.png")
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_labels", *LABELS, "--dtype", "float32") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_labels", *LABELS, "--dtype", "float32") == 0
     return lab
 
 

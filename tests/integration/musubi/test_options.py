@@ -213,7 +213,7 @@ def test_caches_are_inspected_before_training(tmp_path, capsys):
     first = sorted(lab.cache.glob("*_wan.safetensors"))[0]
     for stem in ("a", "b", "c"):
         (lab.masks / f"{stem}.png").unlink(missing_ok=True)
-    assert lab.run("cache", "--mask_directory", lab.masks, "--mask_bake_gamma", "0.5") == 0
+    assert lab.run("cache", "--masks", lab.masks, "--mask_bake_gamma", "0.5") == 0
     report = inspect_caches(str(lab.toml), "wan")
     name = f"dataset 0 ({lab.images})"
     assert report.summary() == [
