@@ -27,10 +27,10 @@ class FirstItems:
     """
 
     def __init__(self, args: Any, accelerator: Any, report: CacheReport) -> None:
-        folder = accelerator.project_dir or args.output_dir
-        self.file = Path(folder) / f"{args.output_name}_first_items.png"
+        self.file = Path(accelerator.project_dir or args.output_dir) / f"{args.output_name}_first_items.png"
         self.accelerator, self.report = accelerator, report
         self.images: list[Any] = []
+        self.began: int | None = None  # step of the optimizer; not 0 where a run was resumed
 
     @property
     def complete(self) -> bool:
@@ -53,8 +53,12 @@ class FirstItems:
             raw: (B, F, H, W), the mask.
             w, v: (B, F, H, W), the weights of the target and of the prior; None where no prior applies.
             labels: the share of each label.
-            step: of the optimizer, for the trackers.
+            step: of the optimizer, counted on where a run was resumed: such a picture has a name of its own.
         """
+        if self.began is None:
+            self.began = step
+            if step:
+                self.file = self.file.with_name(f"{self.file.stem}_{step}.png")
         first = not self.images
         for index in range(min(len(latents), ITEMS - len(self.images))):
             planes = [x[index].detach().float().cpu().numpy() for x in (raw, w, v) if x is not None]
@@ -64,7 +68,7 @@ class FirstItems:
             return ""
         try:
             self._save()
-            self._track(step)
+            self._track(step - self.began)  # the trainer's own steps begin at 0 again
         except OSError as error:
             raise UserError(f"{self.file} cannot be written ({error.strerror})") from error
         return f"the first {len(self.images)} items and the weights that reach the loss: {self.file}"

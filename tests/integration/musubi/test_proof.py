@@ -60,6 +60,20 @@ def test_the_first_items_are_shown_with_the_weights_that_reach_the_loss(lab, mon
     assert f"the first 6 items and the weights that reach the loss: {file}" in capsys.readouterr().out
 
 
+def test_the_items_of_a_resumed_run_are_shown_beside_the_first(lab, tmp_path):
+    """Trackers get the trainer's own steps, which begin at 0 again: W&B refuses to go back to an older one."""
+    folder = {"output_dir": str(tmp_path / "out")}
+    trained("method", lab, "--use_mask_loss", max_train_steps=3, state=str(tmp_path / "state"), save_at=2, **folder)
+    first = tmp_path / "out" / "lora_first_items.png"
+    before = first.read_bytes()
+    tracker = Tracker()
+    resumed = {"resume": str(tmp_path / "state"), "trackers": [tracker], **folder}
+    trained("method", lab, "--use_mask_loss", max_train_steps=6, **resumed)
+    assert first.read_bytes() == before
+    assert first.with_name("lora_first_items_2.png").exists()
+    assert tracker.pictures[0][1] == 0
+
+
 def test_a_picture_that_cannot_be_written_stops_no_training(lab, capsys):
     (lab.toml.parent / "file").touch()
     trained("method", lab, "--use_mask_loss", output_dir=str(lab.toml.parent / "file"), max_train_steps=1)
