@@ -82,28 +82,30 @@ def test_resumed_is_uninterrupted(laboratory, family):
     assert anew.lora != whole.lora  # without --mask_probability
 
 
+@pytest.mark.parametrize("family", ["wan", "zimage", "kandinsky5", "hidream"])  # one of each layout
 @pytest.mark.parametrize("way", ["two processes", "two micro-batches"])
-def test_more_than_one_batch_is_the_one_large_batch(laboratory, way):
+def test_more_than_one_batch_is_the_one_large_batch(laboratory, family, way):
     """The stock trainer sets the measure: its own model differs by about 1e-3 between one batch of two and two of one."""
-    root = laboratory.cache("wan", "masks", ("img2", "img4"))
+    root = laboratory.cache(family, "masks", ("img2", "img4"))
     common = ["--optimizer_type", "SGD", "--max_grad_norm", "0", "--learning_rate", "1"]
     parts = {"processes": 2} if way == "two processes" else {}
     split = ["--gradient_accumulation_steps", "2"] if way == "two micro-batches" else []
 
     def difference(*flags: str, masks: bool = True) -> float:
         hooks = ("frozen_model_on_cpu", "fixed_noise")
-        given = {"steps": 1, "masks": masks, "hooks": hooks, "precision": "fp32"}
-        one = laboratory.train("wan", root, *common, *flags, batch_size=2, name="one", **given)
-        two = laboratory.train("wan", root, *common, *flags, *split, batch_size=1, name="two", **parts, **given)
+        given = {"steps": 1, "masks": masks, "hooks": hooks, "precision": "fp32" if family == "wan" else "bf16"}
+        one = laboratory.train(family, root, *common, *flags, batch_size=2, name="one", **given)
+        two = laboratory.train(family, root, *common, *flags, *split, batch_size=1, name="two", **parts, **given)
         return relative_difference(one.tensors(), two.tensors())
 
     stock = difference(masks=False)
     on, across = ["--use_mask_loss"], "accumulation"
     if way == "two processes":
         on, across = [*on, "--inverted_mask_prior"], "world"
-    assert stock < 5e-3
-    assert difference(*on, "--mask_normalize_across", across) < 2 * stock
-    assert difference(*on) > 10 * stock
+    assert stock < (5e-3 if family == "wan" else 5e-2)  # the others run in bfloat16 alone
+    # Kandinsky 5 runs the pictures of a batch one by one: its two ways to train agree to the last bit.
+    assert difference(*on, "--mask_normalize_across", across) < max(2 * stock, 5e-3)
+    assert difference(*on) > 10 * max(stock, 1e-3)
 
 
 def relative_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
