@@ -59,20 +59,33 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, with the flag that was probably meant, and ends with status 2."""
 
     commands: Any = None
+    words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
         near = difflib.get_close_matches(wrong[1], COMMANDS, 1) if wrong else []
         hint = f"; did you mean {near[0]}?" if near else ""
+        if "arguments are required" in message:  # argparse looks for these before it looks at what it does not know
+            hint = next((f"; {word} is unknown{found}" for word in self.words if (found := self.hint(word))), "")
         self.exit(2, printable(f"{self.prog}: {message}{hint} (--help shows all)") + "\n")
+
+    def hint(self, word: str) -> str:
+        """The flag that an unknown word was probably meant to be, as the end of a line; "" where none is near."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        word = word.partition("=")[0]
+        known = not word.startswith("--") or any(flag.startswith(word) for flag in flags)
+        near = [] if known else difflib.get_close_matches(word, flags, 1, 0.75)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = self.commands.choices[found.command] if self.commands is not None else self
-            flags = [flag for flag in command._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.75)
-            command.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            command.error(f"unknown argument {unknown[0]}{command.hint(unknown[0])}")
         return found
 
 

@@ -35,6 +35,12 @@ def test_help_has_an_example(command):
         (["demo", "--steps", "0"], 2, "--steps must be a whole number from 1"),
         (["cache", "--dataset_config", "nowhere.toml", "--arch", "wan"], 2, "nowhere.toml cannot be read"),
         (["check", "--dataset_config", "x.toml", "--arch", "wan", "--workers", "-3"], 2, "must be 1 or more, got -3"),
+        (
+            ["generate", "--imges", "photos", "--masks", "masks"],
+            2,
+            "required: --images; --imges is unknown; did you mean --images?",
+        ),
+        (["demo", "--qick"], 2, "unknown argument --qick; did you mean --quick?"),
         (["bench", "--shape", "1x16"], 2, "--shape must be BxCxFxHxW or BxCxHxW"),
         (["bench", "--device", "tpu"], 2, "--device tpu cannot be used"),
         (["bench", "--output", "nowhere/bench.json"], 2, "there is no folder nowhere"),
