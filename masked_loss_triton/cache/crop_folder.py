@@ -16,14 +16,16 @@ from PIL import Image
 from masked_loss_triton.cache.items import buckets_of
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import NO_FILE, replace_file
+from masked_loss_triton.files.captions import caption_of, check_extension, copy_of_caption
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.crops import crop_around, cut
 from masked_loss_triton.masks.frames import to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
-from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture
+from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, mask_directories
 
 NOTE = "crop"
+MOVE = "move it, or give another --output"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Cropping:
             raise UserError(f"--resolution must be {self.step} or more, got {' '.join(map(str, self.resolution))}", 2)
         if not 0 <= self.margin <= 2:
             raise UserError(f"--margin must be between 0 and 2, got {self.margin:g}", 2)
+        check_extension(self.captions)
 
     def note(self) -> dict[str, object]:
         """What is written into each picture and mask."""
@@ -79,11 +82,7 @@ class Cropped:
 
 def crop_folder(cropping: Cropping, files: list[Path]) -> Iterator[Cropped]:
     """Crops pictures in a few threads; yields what became of each, as they are done."""
-    directories: dict[Path, MaskDirectory] = {}
-    for folder in {file.parent for file in files}:
-        masks = cropping.masks / folder.relative_to(cropping.images)
-        if masks.is_dir():
-            directories[folder] = MaskDirectory(masks)
+    directories = mask_directories(files, cropping.images, cropping.masks)
     yield from run_parallel(lambda file: _guarded(file, cropping, directories), files, default_workers())
 
 
@@ -104,7 +103,7 @@ def _crop(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> Cr
         return Cropped(file, "present")
     for target, note in zip(targets, there, strict=True):
         if note is None and target.exists():
-            raise UserError(f"{target} is already there, and is no crop: move it, or give another --output")
+            raise UserError(f"{target} is already there, and is no crop: {MOVE}")
     mask_path = directory.find(file.stem, video=False) if directory else None
     if mask_path is None:
         raise UserError(f"{file} has no mask in {cropping.masks / place}: add {file.stem}.png")
@@ -113,14 +112,14 @@ def _crop(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> Cr
     mask = align_to_picture(to_uint8(read_mask_file(mask_path, exif=False)), size, mask_path, file)
     if not mask.any():
         raise UserError(f"{mask_path} is black: there is nothing to crop {file} to")
+    caption = caption_of(file, cropping.captions)
+    copy = copy_of_caption(caption, targets[0].parent, MOVE) if caption.is_file() else None
     box, bucket = crop_around(mask, buckets_of(cropping.resolution, cropping.step), cropping.margin)
     beyond = box[0] < -0.5 or box[1] < -0.5 or box[2] > size[0] + 0.5 or box[3] > size[1] + 0.5
     for target, pixels in zip(targets, (cut(picture, box, bucket), cut(mask, box, bucket, "constant")), strict=True):
         _save(target, pixels, cropping, there)
-    caption = file.with_suffix(cropping.captions)
-    if caption.is_file():
-        content = caption.read_bytes()
-        replace_file(targets[0].with_suffix(cropping.captions), lambda out: out.write(content))
+    if copy is not None:
+        copy.run()
     return Cropped(file, "written", "", bucket[0] / (box[2] - box[0]), beyond)
 
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         resolution=(args.resolution[0], args.resolution[-1]),
         step=args.bucket_step,
         margin=args.margin,
-        captions="." + args.captions.lstrip("."),
+        captions=args.captions,
     )
     files, same, unread = find_pictures(Conversion(images=cropping.images, masks=cropping.masks, out=cropping.output))
     check_folder_is_writable(cropping.output, "--output")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ class MaskDirectory:
     def stems(self, video: bool) -> dict[str, Path]:
         """Every mask by its stem: to find those that belong to no picture."""
         return {**self.stills, **self.videos, **self.folders} if video else dict(self.stills)
+
+
+def mask_directories(files: Iterable[Path], images: Path, masks: Path) -> dict[Path, MaskDirectory]:
+    """Reads the folder of masks for each folder of pictures that has one.
+
+    Args:
+        files: the pictures.
+        images: the folder that they are in or below.
+        masks: has the same sub-folders.
+    """
+    folders = {folder: masks / folder.relative_to(images) for folder in {file.parent for file in files}}
+    return {folder: MaskDirectory(path) for folder, path in folders.items() if path.is_dir()}
 
 
 def _rank(name: str) -> int:

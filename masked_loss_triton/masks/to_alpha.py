@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +18,17 @@ from PIL import Image
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import NO_FILE, replace_file
+from masked_loss_triton.files.captions import CaptionCopy, caption_of, check_extension, copy_of_caption
 from masked_loss_triton.files.folders import walk_files
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.frames import MASK_EXTENSIONS, to_uint8
 from masked_loss_triton.masks.labels import UNLABELLED, complete_weights, split
 from masked_loss_triton.masks.reading import UNREAD_EXTENSIONS, has_16_bits, open_image, read_mask_file, read_picture
-from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture
+from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, mask_directories
 
 NOTE = "to_alpha"
+OVERWRITE = "give --force to overwrite it, or another folder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,8 @@ class Conversion:
             raise UserError(
                 "--mask_weights makes one alpha channel of labels, which --split cannot take apart: drop one", 2
             )
-        if self.captions is not None and (not self.captions.strip(".") or set(self.captions) & set("/\\\0")):
-            raise UserError(f"--captions {self.captions!r} is not an extension: write for example .txt", 2)
+        if self.captions is not None:
+            check_extension(self.captions)
 
     @property
     def may_replace(self) -> tuple[int, ...] | None:
@@ -126,11 +127,7 @@ def convert_folder(conversion: Conversion, files: list[Path] | None = None) -> I
     if files is None:
         files, same, _ = find_pictures(conversion)
         yield from same
-    directories: dict[Path, MaskDirectory] = {}
-    for folder in {file.parent for file in files}:
-        masks = conversion.masks / folder.relative_to(conversion.images)
-        if not conversion.split and masks.is_dir():
-            directories[folder] = MaskDirectory(masks)
+    directories = {} if conversion.split else mask_directories(files, conversion.images, conversion.masks)
     for label in conversion.weights:
         stems = (stem for directory in directories.values() for stem in directory.stills)
         if label != UNLABELLED and not any(stem.endswith(f".{label}") for stem in stems):
@@ -174,7 +171,7 @@ def _join(file: Path, conversion: Conversion, directory: MaskDirectory | None) -
         ]
         alpha = _weighted(masks, [*labels, UNLABELLED], conversion.weights)
         _save(target, np.dstack([picture.rgb, alpha]), made_of, file, conversion.may_replace)
-    return _copy(caption, conversion.may_replace) or due
+    return _copy(caption) or due
 
 
 def _weighted(masks: list[np.ndarray | None], labels: list[str], weights: dict[str, float]) -> np.ndarray:
@@ -205,7 +202,7 @@ def _split(file: Path, conversion: Conversion, _: object) -> bool:
             _save(mask_target, to_uint8(picture.alpha), made_of, None, conversion.may_replace)
         if due[0]:
             _save(target, picture.rgb, made_of, file, conversion.may_replace)
-    return _copy(caption, conversion.may_replace) or any(due)
+    return _copy(caption) or any(due)
 
 
 def _read_8_bits(file: Path) -> Any:
@@ -233,7 +230,7 @@ def _is_due(target: Path, made_of: dict[str, str], conversion: Conversion) -> bo
         return True
     if (read_png_note(target) or {}).get(NOTE) == made_of:
         return False
-    raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
+    raise UserError(f"{target} is already there: {OVERWRITE}")
 
 
 def _save(
@@ -251,30 +248,21 @@ def _save(
     replace_file(target, lambda file: Image.fromarray(array).save(file, "PNG", pnginfo=note, **kept), expected=expected)
 
 
-def _caption(file: Path, conversion: Conversion, folder: Path) -> tuple[Path, Path] | None:
-    """The caption to copy and where to; None where it is not wanted, or there already.
+def _caption(file: Path, conversion: Conversion, folder: Path) -> CaptionCopy | None:
+    """The caption to copy; None where it is not wanted, or there already.
 
     Raises:
         UserError: when it is absent, or another one is in its place: before anything is written.
     """
     if conversion.captions is None:
         return None
-    caption = file.with_name(f"{file.stem}.{conversion.captions.lstrip('.')}")
+    caption = caption_of(file, conversion.captions)
     if not caption.is_file():
         raise UserError(f"{file} has no caption {caption.name}: add it, or leave out --captions")
-    target = folder / caption.name
-    if target.exists() and not conversion.force:
-        if _digest(target) == _digest(caption):
-            return None
-        raise UserError(f"{target} is already there: give --force to overwrite it, or another folder")
-    return caption, target
+    return copy_of_caption(caption, folder, OVERWRITE, conversion.force)
 
 
-def _copy(caption: tuple[Path, Path] | None, expected: tuple[int, ...] | None) -> bool:
-    if caption is None:
-        return False
-    source, target = caption
-    content = source.read_bytes()
-    replace_file(target, lambda out: out.write(content), expected=expected)
-    shutil.copymode(source, target)
-    return True
+def _copy(caption: CaptionCopy | None) -> bool:
+    if caption is not None:
+        caption.run()
+    return caption is not None

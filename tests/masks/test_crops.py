@@ -126,7 +126,25 @@ def test_the_command_writes_crops_masks_and_captions_and_goes_on_where_it_was(fo
     assert "is already there, and is no crop" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--margin", "3"], "--margin"), (["--resolution", "2"], "--resolution")])
-def test_bad_numbers_are_one_line(folder, capsys, flags, said):
+def test_a_caption_that_was_edited_is_never_written_over(folder, capsys):
+    edited = folder / "out" / "images" / "a" / "wide.txt"
+    edited.parent.mkdir(parents=True)
+    edited.write_text("a disc, edited by hand")
+    assert run(folder, "--resolution", 256) == 1
+    assert f"{edited} is already there: move it, or give another --output" in capsys.readouterr().err
+    assert edited.read_text() == "a disc, edited by hand"
+    assert not edited.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--margin", "3"], "--margin"),
+        (["--resolution", "2"], "--resolution"),
+        (["--captions", ""], "--captions '' is not an extension"),
+        (["--captions", "a/b"], "--captions 'a/b' is not an extension"),
+    ],
+)
+def test_bad_flags_are_one_line(folder, capsys, flags, said):
     assert run(folder, "--resolution", 256, *flags) == 2
     assert said in capsys.readouterr().err
