@@ -74,9 +74,8 @@ class Replay:
         orders = [[next(ahead) if isinstance(item, tuple) else item for item in row] for row in arguments]
         self.constants = tuple(constants)
         self.bundles = [itemgetter(*bundle) for bundle in bundles]
-        self.kernels = [
-            launch.kernel for launch in launches.made
-        ]  # a kernel that is dropped takes its code off the device
+        # A kernel that is dropped takes its code off the device.
+        self.kernels = [launch.kernel for launch in launches.made]
         self.launches = [
             (kernel.run, (*grid, 1, 1)[:3], (kernel.function, kernel.packed_metadata), itemgetter(*order))
             for (kernel, grid, _), order in zip(launches.made, orders, strict=True)
@@ -181,9 +180,6 @@ def recording_of(tensors: Tensors, layout: str, *options: object) -> Recording |
             else:
                 return None
         return _recording(layout, tensors[0].dim(), *form)  # type: ignore[union-attr]
-    except (
-        RuntimeError,
-        TypeError,
-        AttributeError,
-    ):  # no tensor, no strides, or an option that is no option: `describe` says so
+    except (RuntimeError, TypeError, AttributeError):
+        # No tensor, no strides, or an option that is no option: `describe` says so.
         return None

@@ -14,6 +14,7 @@ from masked_loss_triton.cache.dataset import Dataset, load_datasets
 from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.items import bucket_size
 from masked_loss_triton.cli import main
+from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
 
 
 class Lab:
@@ -115,3 +116,9 @@ def video_lab(tmp_path: Path, frames: list[np.ndarray], fps: int = 16, source_fp
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return lab
+
+
+def expected(mask: np.ndarray, bucket: tuple[int, int] = (144, 112)) -> torch.Tensor:
+    """The weights of a picture's mask, (h, w), as `cache` writes them in float16."""
+    size = (bucket[1] // 8, bucket[0] // 8)
+    return torch.from_numpy(to_latent(resize_to_bucket(mask, bucket), size)).half().float()

@@ -11,17 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
-from tests.cache.support import Lab, disc, read, weights
-
-
-def expected(mask: np.ndarray, bucket=(144, 112)) -> torch.Tensor:
-    size = (bucket[1] // 8, bucket[0] // 8)
-    return torch.from_numpy(to_latent(resize_to_bucket(mask, bucket), size)).half().float()
-
-
-@pytest.fixture
-def lab(tmp_path):
-    return Lab(tmp_path)
+from tests.cache.support import Lab, disc, expected, read, weights
 
 
 def snapshot(lab):

@@ -8,24 +8,12 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from masked_loss_triton.cli import main
-from masked_loss_triton.masks.geometry import resize_to_bucket, to_latent
-from tests.cache.support import Lab, disc, read, weights
-
-
-def expected(mask: np.ndarray, bucket=(144, 112)) -> torch.Tensor:
-    size = (bucket[1] // 8, bucket[0] // 8)
-    return torch.from_numpy(to_latent(resize_to_bucket(mask, bucket), size)).half().float()
-
-
-@pytest.fixture
-def lab(tmp_path):
-    return Lab(tmp_path)
+from tests.cache.support import disc, expected, read, weights
 
 
 def test_a_cache_that_was_cut_short_is_named_and_the_rest_is_done(lab, capsys):

@@ -31,11 +31,16 @@ def save(path: Path, seed: int = 0, **options: Any) -> np.ndarray:
     return mask
 
 
-def generate(folder: Path, *flags, source: str = "in", out: str = "out") -> int:
-    """Runs the command on folder/in with GrabCut; without a contact sheet, unless the flags ask for one."""
+def words(folder: Path, *flags, source: str = "in", out: str = "out") -> list[str]:
+    """A command line on folder/in with GrabCut; without a contact sheet, unless the flags ask for one."""
     paths = ["--images", str(folder / source), "--masks", str(folder / out)]
     quiet = [] if "--sheet_limit" in flags else ["--sheet_limit", "0"]
-    return main(["generate", *paths, "--backend", "grabcut", *quiet, *map(str, flags)])
+    return ["generate", *paths, "--backend", "grabcut", *quiet, *map(str, flags)]
+
+
+def generate(folder: Path, *flags, **folders: str) -> int:
+    """Runs `words` in this process."""
+    return main(words(folder, *flags, **folders))
 
 
 def write_clip(path: Path, frames: list[np.ndarray], fps: int = 16) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from masked_loss_triton.files.locks import folder_lock
 from masked_loss_triton.generate import grabcut
-from tests.generate.support import contents, generate, save, subject, write_clip
+from tests.generate.support import contents, generate, save, subject, words, write_clip
 
 
 def iou(first, second):
@@ -253,18 +253,7 @@ def test_two_runs_on_one_folder_take_turns(folder, capsys):
     (folder / "out").mkdir()
     with contextlib.ExitStack() as release:
         release.enter_context(folder_lock(folder / "out", "another run"))
-        paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
-        command = [
-            sys.executable,
-            "-m",
-            "masked_loss_triton",
-            "generate",
-            *paths,
-            "--backend",
-            "grabcut",
-            "--sheet_limit",
-            "0",
-        ]
+        command = [sys.executable, "-m", "masked_loss_triton", *words(folder)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert "waits for another run" in process.stderr.readline()
             assert not list((folder / "out").glob("*.png"))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.files.locks import LOCK_NAME
-from tests.generate.support import contents, generate, save, subject, write_clip
+from tests.generate.support import contents, generate, save, subject, words, write_clip
 
 
 @pytest.mark.slow
@@ -24,18 +24,7 @@ def test_killed_and_resumed_gives_the_same_files(folder):
     for number in range(3):
         write_clip(folder / "in" / f"clip{number}.mp4", [subject(s)[0] for s in range(12)])
     assert generate(folder, out="whole", source="in") == 0
-    paths = ["--images", str(folder / "in"), "--masks", str(folder / "out")]
-    command = [
-        sys.executable,
-        "-m",
-        "masked_loss_triton",
-        "generate",
-        *paths,
-        "--backend",
-        "grabcut",
-        "--sheet_limit",
-        "0",
-    ]
+    command = [sys.executable, "-m", "masked_loss_triton", *words(folder)]
     total, partial = len(contents(folder / "whole")), 0
     for enough in (1, 4, 9, 15, 30, 50):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
