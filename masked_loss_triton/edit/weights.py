@@ -15,6 +15,7 @@ from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.edit.entries import Entry
 from masked_loss_triton.edit.library import Library
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.crops import cut_share, kept_box
 from masked_loss_triton.masks.frames import kept_frames
 from masked_loss_triton.masks.geometry import group_frames
 
@@ -107,8 +108,8 @@ def preview(
     cells = entry.dataset.operations.bake(grouped).astype(np.float16)
     given = torch.from_numpy(cells.astype(np.float32))[None, None, None]
     w, v = mask_weights(given, config, shape=(1, 1, *cells.shape), has_prior=prior)
-    crop = crop_of(pixels.shape[::-1], shape.bucket)
-    return Preview(cells, w[0, 0].numpy(), v[0, 0].numpy(), shape.bucket, crop, cut_share(pixels, crop))
+    crop = kept_box(pixels.shape[::-1], shape.bucket)
+    return Preview(cells, w[0, 0].numpy(), v[0, 0].numpy(), shape.bucket, crop, cut_share(pixels, shape.bucket))
 
 
 def _masks_of_step(library: Library, entry: Entry, pixels: np.ndarray, frame: int) -> list[np.ndarray]:
@@ -138,28 +139,3 @@ def latents_of(entry: Entry) -> tuple[CacheItem, LatentShape]:
     if items:
         return items[0], latent_shape(read_header(items[0].path), items[0], entry.dataset, entry.family)
     return preview_item(entry.dataset, entry.family, Source(entry.stem, (entry.source,)))
-
-
-def crop_of(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of a picture that `resize_to_bucket` keeps: left, top, right, bottom in pixels of the picture."""
-    width, height = size
-    scale = max(bucket[0] / width, bucket[1] / height)
-    scaled = int(width * scale + 0.5), int(height * scale + 0.5)
-    left, top = (scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2
-    x, y = width / scaled[0], height / scaled[1]
-    return left * x, top * y, (left + bucket[0]) * x, (top + bucket[1]) * y
-
-
-def cut_share(pixels: np.ndarray, crop: tuple[float, float, float, float]) -> float:
-    """Share of a mask, (H, W) uint8, that lies outside a crop, 0 to 1; pixels on its edge count by their part inside."""
-    height, width = pixels.shape
-    inside_x = _overlap(width, crop[0], crop[2])
-    inside_y = _overlap(height, crop[1], crop[3])
-    total = float(pixels.sum(dtype=np.int64))
-    kept = float(inside_y @ (pixels.astype(np.float32) @ inside_x.astype(np.float32)))
-    return max(0.0, 1 - kept / total) if total else 0.0
-
-
-def _overlap(count: int, low: float, high: float) -> np.ndarray:
-    edges = np.clip(np.arange(count + 1), low, high)
-    return np.diff(edges)

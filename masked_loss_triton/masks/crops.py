@@ -7,23 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from masked_loss_triton.masks.geometry import cover
+
 Size = tuple[int, int]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 
 def kept_box(size: Size, bucket: Size) -> Box:
-    """Returns what the trainer keeps of a picture of this size: it is scaled to cover the bucket, and its centre is cut out.
-
-    See `geometry.resize_to_bucket`, whose roundings are kept.
-    """
-    scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    sides = []
-    for length, wanted in zip(size, bucket, strict=True):
-        scaled = int(length * scale + 0.5)
-        first = (scaled - wanted) // 2
-        sides.append((first * length / scaled, (first + wanted) * length / scaled))
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom
+    """Returns what the trainer keeps of a picture of this size, on its own pixels."""
+    whole, (left, top) = cover(size, bucket)
+    x, y = size[0] / whole[0], size[1] / whole[1]
+    return left * x, top * y, (left + bucket[0]) * x, (top + bucket[1]) * y
 
 
 def cut_share(mask: np.ndarray, bucket: Size, scale: tuple[float, float] = (1.0, 1.0)) -> float:

@@ -15,10 +15,24 @@ WHOLE_RESIZE_LIMIT = 64_000_000
 MARGIN = 8
 
 
+def cover(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the size to which a picture is scaled to cover its bucket, and the corner where the bucket is cut out of it.
+
+    Args:
+        size: (width, height), pixels.
+        bucket: likewise.
+
+    Source: musubi-tuner 0.3.4, dataset/media_utils.py.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    width, height = int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+    return (width, height), ((width - bucket[0]) // 2, (height - bucket[1]) // 2)
+
+
 def resize_to_bucket(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scales a picture or mask to cover the bucket and crops the centre, as musubi-tuner's dataset does.
 
-    scale = max(bucket / size); scaled size int(size * scale + 0.5); Lanczos (Pillow) to enlarge, else area (OpenCV).
+    See `cover` for the sizes; Lanczos (Pillow) to enlarge, else area (OpenCV).
     Four channels are taken for colours with alpha and resized apart: enlarging them together would darken the colours
     of transparent pixels.
 
@@ -40,18 +54,15 @@ def resize_to_bucket(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return np.dstack([resize_to_bucket(array[..., :3], size), alpha])
 
     height, width = array.shape[:2]
-    bucket_width, bucket_height = size
-    if (width, height) == (bucket_width, bucket_height):
+    if (width, height) == tuple(size):
         return np.ascontiguousarray(array)
-    scale = max(bucket_width / width, bucket_height / height)
-    scaled_width, scaled_height = int(width * scale + 0.5), int(height * scale + 0.5)
-    left, top = (scaled_width - bucket_width) // 2, (scaled_height - bucket_height) // 2
-    if scale > 1:
-        return _enlarge(array, (scaled_width, scaled_height), (left, top), size)
+    whole, (left, top) = cover((width, height), size)
+    if max(size[0] / width, size[1] / height) > 1:
+        return _enlarge(array, whole, (left, top), size)
     import cv2
 
-    scaled = cv2.resize(np.ascontiguousarray(array), (scaled_width, scaled_height), interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(scaled[top : top + bucket_height, left : left + bucket_width])
+    scaled = cv2.resize(np.ascontiguousarray(array), whole, interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(scaled[top : top + size[1], left : left + size[0]])
 
 
 def _enlarge(array: np.ndarray, scaled: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
