@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120, 4),
-    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 2),
+    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 4),
 }
 
 
