@@ -160,3 +160,20 @@ def _means(steps: list[float], x: list[float], y: list[float]) -> tuple[list[flo
     picked = [[index for index, step in enumerate(steps) if step == one] for one in at]
     average = lambda values: [sum(values[index] for index in some) / len(some) for some in picked]  # noqa: E731
     return average(x), average(y)
+
+
+def dial(lines: dict[str, list[tuple[str, float, float]]], folder: pathlib.Path) -> list[str]:
+    """Error inside against drift outside: prior weights as one curve, the mask alone as it trains as another, others as points."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for (name, points), color in zip(lines.items(), (OURS, COMPILED, YARDSTICK), strict=True):
+        labels, inside, drift = zip(*points, strict=True)
+        axes.plot(drift, inside, "o-" if name else "o", color=color, markersize=4, label=name or None)
+        marked = range(len(points)) if name in ("prior_weight", "") else (len(points) // 4, len(points) - 1)
+        for i in marked:
+            axes.annotate(labels[i], (drift[i], inside[i]), (5, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.set_xlabel("drift outside, from the base model", fontsize=9)
+    axes.set_ylabel("error inside", fontsize=9)
+    axes.set_title("Lower left is better", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, folder, "proof_dial", "error inside against drift outside")

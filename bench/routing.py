@@ -49,8 +49,10 @@ class Size:
 
 
 SIZES = {
-    "small": Size(192, {"num_layers": 6}, tuning.BATCH, 300, 120, 4),
-    "large": Size(512, {"num_layers": 6, "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 4),
+    "small": Size(192, {"num_layers": 6, "patch_size": (1, 2, 2)}, 6, 300, 120, 4),
+    "large": Size(
+        512, {"num_layers": 6, "patch_size": (1, 2, 2), "attention_head_dim": 48, "ffn_dim": 768}, 2, 60, 60, 4
+    ),
 }
 
 
@@ -95,16 +97,14 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=tuning.LORA_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0
         )
-        self.text = model.captions(subjects.names, torch.device("cpu"))
         self.draws = tuning.draws(subjects, self.steps, seed)
         self.step, self.seconds = 0, 0.0
         self.gate = CrossAttentionGate(layout_of(self.model)) if arm.gated else None
 
     def advance(self) -> None:
         start = time.process_time()
-        rate = tuning.LORA_LEARNING_RATE * min((self.step + 1) / tuning.WARM_UP, (1 - self.step / self.steps) * 1.25, 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = tuning.LORA_LEARNING_RATE * tuning.rate_at(self.step, self.steps)
         self.loss(next(self.draws)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -114,9 +114,10 @@ class Trainee:
     def loss(self, draw: tuning.Draw) -> torch.Tensor:
         index, noise, level = draw.index, draw.noise, draw.time
         assert self.subjects.masks is not None
-        latents, mask, text = self.subjects.latents[index], self.subjects.masks[index].unsqueeze(2), self.text[index]
+        latents, mask = self.subjects.latents[index], self.subjects.masks[index].unsqueeze(2)
+        text = self.subjects.text[index, draw.caption]
         noisy = tuning.noisy_latents(latents, noise, level)
-        prior = tuning._teacher(self.model, noisy, level, text) if self.arm.prior else None
+        prior = tuning.teacher(self.model, noisy, level, text) if self.arm.prior else None
         keep = self.arm.keep if self.step < self.arm.until * self.steps else 1.0
         config = MaskedLossConfig(prior_weight=1.0)
         chosen = {"config": config, "has_prior": self.arm.prior, "seed": self.seed, "step": self.step}
@@ -144,8 +145,9 @@ def run(name: str, seed: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         dataset.make_dataset(photos.shipped_photos(), Path(folder), size.side, print)
         subjects = dataset.read_caches(Path(folder), device)
     base = model.build_model(seed, device)
-    world = tuning.world_examples(photos.world_pictures(), size.side, seed, device)
-    tuning.train_base(base, world, size.base_steps, seed, "torch", lambda step, loss: None)
+    tuning.train_base(
+        base, tuning.place_examples(size.side, device), size.base_steps, seed, "torch", lambda step, loss: None
+    )
     test = Test(base.eval(), subjects)
     draw = next(tuning.draws(subjects, 1, seed))
     needed = {*arms, *(Arm(prior=arm.prior) for arm in arms)}

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "masked_loss_triton.commands.inspect",
     "train": "masked_loss_triton.commands.train",
     "crop": "masked_loss_triton.commands.crop",
+    "captions": "masked_loss_triton.commands.captions",
     "to-alpha": "masked_loss_triton.commands.to_alpha",
     "bench": "masked_loss_triton.commands.bench",
 }

@@ -18,8 +18,8 @@ from masked_loss_triton.cache.families import FAMILIES
 from masked_loss_triton.cache.inject import inject_all, prepare
 from masked_loss_triton.demo.encoder import encode
 from masked_loss_triton.demo.output import write_tensors
-from masked_loss_triton.demo.photos import Photo, Warn
-from masked_loss_triton.demo.tuning import Examples
+from masked_loss_triton.demo.photos import PLACES, Photo, Warn
+from masked_loss_triton.demo.tuning import Examples, captions_at
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.backends import WORDLESS, split_backend
 from masked_loss_triton.generate.batches import Generation, generate_masks
@@ -126,4 +126,5 @@ def read_caches(folder: Path, device: torch.device) -> Examples:
         names.append(cache.name.rsplit("_", 2)[0])
         latents.append(next(value for key, value in tensors.items() if key.startswith("latents_")))
         masks.append(next(value for key, value in tensors.items() if key.startswith("mask_weights_"))[0])  # (F, h, w)
-    return Examples(names, torch.stack(latents).to(device), torch.stack(masks).to(device))
+    text = captions_at(names, list(PLACES), device)
+    return Examples(names, torch.stack(latents).to(device), text, torch.stack(masks).to(device))

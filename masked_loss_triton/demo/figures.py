@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from masked_loss_triton.demo.evaluation import Samples
+
 MAX_SHOWN = 6  # photographs
 DPI = 144
 WIDTH = 11.4  # inches, of every figure that has enough columns: text is then of one size throughout the page
@@ -49,8 +51,7 @@ class Shown:
     name: str
     photo: np.ndarray
     mask: np.ndarray
-    decoded: np.ndarray  # encoded and decoded: the best that any model here could predict
-    predictions: Mapping[str, np.ndarray]  # by "base" and the keys of the ways
+    decoded: np.ndarray  # encoded and decoded: the best that any model here could draw
     drifts: Mapping[str, np.ndarray]  # by the keys of the ways
 
 
@@ -96,16 +97,31 @@ def draw_photos(shown: Sequence[Shown], theme: Mapping[str, str]) -> Figure:
     return figure
 
 
-def draw_predictions(shown: Sequence[Shown], titles: Mapping[str, str], theme: Mapping[str, str]) -> Figure:
-    """The photographs and the five models' predictions of them, the outline of the mask on each."""
-    figure, axes = _grid(len(shown), 1 + len(titles), theme)
-    for row, item in zip(axes, shown, strict=True):
-        _tile(row[0], item.decoded, item.mask)
-        for tile, key in zip(row[1:], titles, strict=True):
-            _tile(tile, item.predictions[key], item.mask)
-        row[0].set_ylabel(_name(item.name), color=theme["ink"], fontsize=11, parse_math=False)
-    for tile, title in zip(axes[0], ("photograph", *titles.values()), strict=True):
-        tile.set_title(title, color=theme["ink"], fontsize=11)
+def draw_samples(
+    shown: Sequence[Shown],
+    samples: Mapping[str, Samples],
+    places: Sequence[str],
+    titles: Mapping[str, str],
+    theme: Mapping[str, str],
+) -> Figure:
+    """What each model draws from pure noise: every photograph's subject at one place, then at another, then two places alone. The
+    first row shows the photograph that the LoRAs saw."""
+    count = len(places)
+    spots = [(i, (i + turn) % count) for turn in (0, 2) for i in range(min(len(shown), count))]
+    figure, axes = _grid(1 + len(titles), len(spots) + 2, theme)
+    for row, (key, title) in zip(axes[1:], titles.items(), strict=True):
+        row[0].set_ylabel(title, color=theme["ink"], fontsize=9)
+        pictures = [samples[key].subjects[i * count + place] for i, place in spots]
+        for tile, picture in zip(row, [*pictures, *samples[key].places[:2]], strict=True):
+            _tile(tile, picture)
+    for tile, below, (i, place) in zip(axes[0], axes[1], spots, strict=False):
+        _tile(tile, shown[i].decoded, shown[i].mask)
+        below.set_title(places[place], color=theme["ink"], fontsize=9)
+        tile.set_title(_name(shown[i].name), color=theme["ink"], fontsize=9, parse_math=False)
+    axes[0][0].set_ylabel("photograph", color=theme["ink"], fontsize=9)
+    for tile, below, name in zip(axes[0][-2:], axes[1][-2:], places, strict=False):
+        tile.set_axis_off()
+        below.set_title(f"nobody,\n{name}", color=theme["ink"], fontsize=9)
     return figure
 
 
@@ -167,7 +183,16 @@ def _smooth(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 def to_png(figure: Figure) -> bytes:
     """The finished file, without the metadata that would differ from one version of matplotlib to the next."""
+    return _written(figure, format="png", metadata={"Software": None})
+
+
+def to_webp(figure: Figure) -> bytes:
+    """The same for a page: a tenth of the size."""
+    return _written(figure, format="webp", pil_kwargs={"quality": 88, "method": 6})
+
+
+def _written(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"font.family": "sans-serif"}):
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, **options)
     return buffer.getvalue()

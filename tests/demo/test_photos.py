@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.demo import photos
-from masked_loss_triton.demo.photos import read_folder, shipped_photos, world_pictures
+from masked_loss_triton.demo.photos import read_folder, shipped_photos, shipped_places
 from masked_loss_triton.errors import UserError
 from tests.demo.support import half_mask, noise
 
@@ -27,20 +27,21 @@ def no_network(monkeypatch):
 
 def test_every_photograph_is_found_without_a_network(no_network):
     assert [photo.name for photo in shipped_photos()] == list(photos.SUBJECTS)
-    assert len(world_pictures()) == len(photos.WORLD)
+    assert [name for name, _ in shipped_places()] == list(photos.PLACES)
 
 
-def test_subjects_are_square_colour_pictures():
-    for photo in shipped_photos():
-        height, width, colours = photo.rgb.shape
-        assert height == width >= 300, photo.name
+def test_subjects_and_places_are_square_colour_pictures():
+    for name, rgb in [(photo.name, photo.rgb) for photo in shipped_photos()] + shipped_places():
+        height, width, colours = rgb.shape
+        assert height == width >= 250, name
         assert colours == 3
-        assert photo.rgb.dtype == np.uint8
+        assert rgb.dtype == np.uint8
+        assert rgb.std() > 10, name
 
 
-def test_no_subject_is_in_the_world():
-    shipped = {shipped.path.rsplit("/", 1)[-1] for shipped in photos.SUBJECTS.values()}
-    assert not shipped & set(photos.WORLD)
+def test_no_subject_stands_at_a_place():
+    files = {shipped.path for shipped in photos.SUBJECTS.values()}
+    assert not files & {place.path for place in photos.PLACES.values()}
 
 
 def test_a_folder_gives_alpha_first_then_the_mask_beside_then_none(tmp_path, warnings):

@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 def subjects():
     masks = torch.zeros(2, 1, 6, 8)
     masks[..., :3] = 1
-    return Examples(["one", "two"], torch.randn(2, 16, 1, 6, 8), masks)
+    names = ["one", "two"]
+    return Examples(names, torch.randn(2, 16, 1, 6, 8), tuning.captions_at(names, ["here", "there"]), masks)
 
 
 @pytest.fixture
@@ -38,14 +39,15 @@ def test_building_a_model_leaves_the_random_state_alone(base):
 def test_the_same_seed_gives_the_same_batches(subjects):
     for one, two in zip(draws(subjects, 5, 1), draws(subjects, 5, 1), strict=True):
         assert torch.equal(one.index, two.index)
+        assert torch.equal(one.caption, two.caption)
         assert torch.equal(one.noise, two.noise)
         assert torch.equal(one.time, two.time)
 
 
 def test_times_cover_low_and_high_noise_in_each_batch(subjects):
     for draw in draws(subjects, 20, 0):
-        low, high = draw.time.sort().values
-        assert 0 <= low < 0.5 <= high < 1
+        low, high = draw.time.min(), draw.time.max()
+        assert 0 < low < 0.5 < high < 1
 
 
 def test_the_flow_goes_from_the_latents_to_the_noise(subjects):
@@ -70,11 +72,11 @@ def test_tuning_changes_the_lora_and_nothing_else(base, subjects, way):
 def test_the_teacher_is_the_base_model(base, subjects):
     tuned = model.with_lora(base, 0)
     tune(tuned, subjects, WAYS[0], 3, 0, "torch", lambda *_: None)
-    time, text = torch.tensor([0.3, 0.7]), model.captions(subjects.names, CPU)
+    time, text = torch.tensor([0.3, 0.7]), subjects.text[:, 0]
     with torch.no_grad():
         expected = model.predict(base, subjects.latents, time, text)
         student = model.predict(tuned, subjects.latents, time, text)
-    teacher = tuning._teacher(tuned, subjects.latents, time, text)
+    teacher = tuning.teacher(tuned, subjects.latents, time, text)
     assert torch.equal(teacher, expected)
     assert not torch.equal(student, expected)
 
@@ -104,7 +106,7 @@ def test_a_saved_lora_is_loaded_again_by_diffusers(base, subjects, tmp_path):
     model.save_lora(tuned, tmp_path / "lora.safetensors")
     loaded = model.build_model(3, CPU).eval()
     loaded.load_lora_adapter(tmp_path, weight_name="lora.safetensors")
-    time, text = torch.tensor([0.3, 0.7]), model.captions(subjects.names, CPU)
+    time, text = torch.tensor([0.3, 0.7]), subjects.text[:, 0]
     with torch.no_grad():
         expected = model.predict(tuned, subjects.latents, time, text)
         torch.testing.assert_close(model.predict(loaded, subjects.latents, time, text), expected, atol=1e-6, rtol=1e-6)

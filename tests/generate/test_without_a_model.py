@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from masked_loss_triton.cli import main
-from masked_loss_triton.demo.photos import shipped_photos, world_pictures
+from masked_loss_triton.demo.photos import shipped_photos
 from masked_loss_triton.generate.difference import differing
 from masked_loss_triton.generate.static import Spread
 from masked_loss_triton.masks.frames import read_frames
@@ -19,13 +19,27 @@ from tests.generate.support import contents, write_clip
 from tests.generate.test_grabcut import iou
 
 SIDE = 256
+# Beside the demo's photographs, pictures that scikit-image ships.
+OTHERS = (
+    *("brick.png", "camera.png", "chelsea.png", "coins.png", "color.png", "grass.png", "gravel.png"),
+    *(
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ),
+)
 
 
 @pytest.fixture(scope="module")
 def photographs() -> list[np.ndarray]:
-    pytest.importorskip("skimage")
+    skimage = pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    return [photo.rgb for photo in shipped_photos()] + [picture for _, picture in world_pictures()]
+    folder = Path(skimage.__file__).parent / "data"
+    return [photo.rgb for photo in shipped_photos()] + [cv2.imread(str(folder / name)) for name in OTHERS]
 
 
 def jpeg(picture: np.ndarray, quality: int = 90) -> np.ndarray:
