@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -166,3 +169,17 @@ def furnish(folder: Path, masks: bool) -> None:
         mask = np.zeros((128, 128), np.uint8)
         mask[32:96, 8 * frame : 48 + 8 * frame] = 255
         Image.fromarray(mask).save(folder / "hv" / "masks" / "vid1" / f"{frame:04d}.png")
+
+
+def open_and_end(command: Sequence[str], environment: dict[str, str], folder: Path | None = None) -> None:
+    """Runs `masked-loss edit`, which serves until Ctrl+C: fetches the page that it prints, and interrupts it."""
+    environment = {**environment, "BROWSER": "true"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\S+", process.stdout.readline())
+            assert address, command
+            with urllib.request.urlopen(address[0]) as answer:
+                assert b"<title>" in answer.read()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

@@ -6,10 +6,7 @@ import contextlib
 import io
 import os
 import re
-import signal
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ import torch
 from masked_loss_triton.cache.dataset import load_datasets
 from masked_loss_triton.cli import main
 from tests.documentation.blocks import FENCE, INDENTED, LANGUAGES, PAGES, ROOT, Block, Line, blocks, lines, read
-from tests.documentation.stand_ins import STAND_INS, furnish, stand_in, write_caches
+from tests.documentation.stand_ins import STAND_INS, furnish, open_and_end, stand_in, write_caches
 
 WITH_COMMANDS = [page for page in PAGES if any(block.language in ("console", "toml") for block in blocks(page))]
 RUN = [f"docs/{name}.md" for name in ("index", "quickstart", "masks", "edit", "caches", "machines")] + ["README.md"]
@@ -62,25 +59,11 @@ def shards(line: Line) -> list[Line]:
     return [line, *changed]
 
 
-def open_and_end(line: Line) -> None:
-    """`masked-loss edit` serves until Ctrl+C: the page that it prints is fetched, and it is interrupted."""
-    command = [sys.executable, "-m", "masked_loss_triton", *line.words[1:]]
-    environment = {**os.environ, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            address = re.search(r"http://127\.0\.0\.1:\S+", process.stdout.readline())
-            assert address, line.command
-            with urllib.request.urlopen(address[0]) as answer:
-                assert b"<title>" in answer.read()
-        finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-
-
 def run(line: Line, block: Block) -> None:
     assert line.words[0] == "masked-loss", f"{block}: {line.command}: nothing runs it, and nothing stands in for it"
     if line.words[1] == "edit":
-        open_and_end(line)
+        command = [sys.executable, "-m", "masked_loss_triton", *line.words[1:]]
+        open_and_end(command, {**os.environ, "PYTHONPATH": str(ROOT)})
         return
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
