@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 import masked_loss_triton
 from masked_loss_triton import MaskedLossConfig, masked_loss
 from masked_loss_triton.cli import COMMANDS
-from tests.documentation.blocks import PAGES, ROOT, read
+from tests.documentation.blocks import PAGES, ROOT, blocks, lines, read
 
 README = read("README.md")
 
@@ -54,6 +55,31 @@ def test_the_version_is_the_same_everywhere():
     assert version == masked_loss_triton.__version__
     assert re.findall(r"^## (.+)$", read("CHANGELOG.md"), re.MULTILINE)[0] in (version, "Unreleased")
     assert f"## {version}\n" in read("CHANGELOG.md")
+
+
+def test_the_package_is_installed_from_a_checkout_until_it_is_released():
+    """No page but the one that says so tells pip the bare name, which an index does not have yet, or has of somebody else."""
+    named = [
+        (page, line.command)
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "console"
+        for line in lines(block)
+        if line.words[:2] == ("pip", "install") and re.search(r"(^| )masked_loss_triton", line.command)
+    ]
+    assert {page for page, _ in named} == {"docs/install.md"}
+    assert "## After a release" in read("docs/install.md")
+
+
+def test_the_release_checks_the_version_of_its_tag():
+    steps = re.findall(r"run: (.+)", read(".github/workflows/release.yml"))
+    version = masked_loss_triton.__version__
+    for tag, status in ((f"v{version}", 0), ("v9.9.9", 1)):
+        environment = {**os.environ, "GITHUB_REF_NAME": tag}
+        checks = [step for step in steps if step.startswith("grep")]
+        found = [subprocess.run(["bash", "-c", step], cwd=ROOT, env=environment, check=False) for step in checks]
+        assert [one.returncode for one in found] == [status] * 2
+    assert "make dist" in steps
 
 
 @pytest.mark.parametrize("page", PAGES)
