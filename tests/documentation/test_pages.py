@@ -47,7 +47,7 @@ def test_every_option_with_its_default_and_every_command_is_told():
 
 def test_the_readme_is_short_and_says_what_was_not_run():
     assert len(README.splitlines()) < 200
-    assert "On a GPU:\nnever." in README[: README.index("## From")]
+    assert "On a GPU: never." in README[: README.index("## From")]
 
 
 def test_the_version_is_the_same_everywhere():
