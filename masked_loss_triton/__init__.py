@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from masked_loss_triton.stats import MaskedLossStats
 
 __all__ = ["FlowTarget", "MaskedLoss", "MaskedLossConfig", "MaskedLossStats", "mask_weights", "masked_loss"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout without symbolic links (Windows, a forge's zip, the sdist) kernels/ and integration/ lie beside this folder.
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
