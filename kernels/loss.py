@@ -319,5 +319,5 @@ def launch_loss(
         float(call.flow_sign),
         *plan.arguments,
     )
-    launches.add(loss_kernel[plan.grid](*arguments, **plan.options), plan.grid, arguments)
+    launches.start(loss_kernel, plan.grid, arguments, **plan.options)
     return loss, numbers, pred.new_empty(0) if gradient is None else gradient
