@@ -222,7 +222,9 @@ def mask_weights(
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # Asked in this order: torch 2.5 cannot trace the question which devices have autocast, and those that are compiled for have it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    if known and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -42,7 +42,7 @@ Row = dict[str, Any]
 def environment(triton: pathlib.Path | None) -> dict[str, str]:
     """Of a process that compiles with the Triton in that folder, or with the installed one."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if linker := shutil.which("ld.lld"):  # Triton 3.4 brings none for AMD
+    if linker := shutil.which("lld"):  # Triton 3.4 brings none for AMD
         kept.setdefault("TRITON_HIP_LLD_PATH", linker)
     return {**kept, "PYTHONPATH": os.pathsep.join(map(str, [triton, ROOT] if triton else [ROOT]))}
 

@@ -34,15 +34,28 @@ LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor
 
 
 @functools.cache
-def why_no_kernels() -> str | None:
-    """None, or why the kernels cannot run here: no Triton, or one older than 3.4."""
+def _why_no_kernels() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     import triton
 
     if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need triton 3.4 or newer, and {triton.__version__} is installed"
+    if torch.cuda.is_available() and not interpreter_is_on():
+        try:
+            triton.runtime.driver.active.utils  # noqa: B018  builds its host code, with a C compiler
+        except Exception as error:
+            return f"triton {triton.__version__} cannot start here ({str(error).splitlines()[0]})"
     return None
+
+
+def why_no_kernels() -> str | None:
+    """None, or why the kernels cannot run here: no Triton, one older than 3.4, or one that finds no C compiler."""
+    return _why_no_kernels()
+
+
+# What `torch.compiler.assume_constant_result` does, without an import of the compiler: an older one cannot trace what is asked here.
+why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -59,7 +72,7 @@ def choose(name: Backend, pred: torch.Tensor) -> Backend:
     """The backend that computes the loss of `pred`.
 
     "auto": the reference for float64, Triton on a CUDA or ROCm device where it is installed, else torch. Where Triton is there
-    but too old, a warning says so, once.
+    but cannot run, a warning says why, once.
 
     Raises:
         ValueError: unknown name, or Triton asked for where it cannot run.
@@ -72,7 +85,7 @@ def choose(name: Backend, pred: torch.Tensor) -> Backend:
         if pred.device.type != "cuda":
             return "torch"
         reason = why_no_kernels()
-        if reason is not None and "newer" in reason and not torch.compiler.is_compiling():
+        if reason is not None and "not installed" not in reason and not torch.compiler.is_compiling():
             _say_once(f"masked_loss takes the slower torch backend: {reason}")
         return "triton" if reason is None else "torch"
     if name == "triton":

@@ -154,8 +154,8 @@ class Recording:
         return self.driver.get_current_stream(self.device)
 
 
-# The innermost hooks of `torch.autograd.graph.saved_tensors_hooks`, or None; from torch 2.6 on they can be asked for.
-_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# The innermost hooks of `torch.autograd.graph.saved_tensors_hooks`, or None. Before torch 2.6 one cannot ask: as if watched.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "perhaps")
 
 
 @functools.lru_cache(maxsize=256)
