@@ -146,13 +146,17 @@ def masked_loss(
     """
     config = _checked(config)
     recording = None
-    if prior_weight is normalizer is process_group is patches is None and backend in _FUSED:
+    number = prior_weight if type(prior_weight) is float else None
+    weights: Any = None if number is not None else prior_weight  # of samples, or what `describe` will have to look at
+    # A sequence in the config becomes a tensor that nobody gave.
+    plain = prior_weight is not None or type(config.prior_weight) is float
+    if normalizer is process_group is patches is None and plain and backend in _FUSED:
         sign = 1
         targets: tuple[Any, Any] = (target, None)
         if type(target) is FlowTarget:
             sign, targets = target.sign, (target.noise, target.latents)
-        tensors = (pred, *targets, prior, mask, weighting, prior_gate, mask_gate, loss_delta)
-        recording = recording_of(tensors, layout, sign, backend, config.to_text(), return_stats)
+        tensors = (pred, *targets, prior, mask, weighting, prior_gate, mask_gate, loss_delta, weights)
+        recording = recording_of(tensors, layout, number, sign, backend, config.to_text(), return_stats)
         if recording is not None and recording.repeat is not None:
             again = recording.repeat(recording, tensors, config, sign, return_stats)
             if again is not None:

@@ -5,7 +5,8 @@
     python -m bench.lab.versions --torch 2.5.1 --torch 2.8.0      # each in a virtual environment of its own
 
 A Triton wheel is unpacked beside the others and put before the installed one; compiling needs no other torch. Its code is compared
-with that of the installed Triton. Everything is kept in `--folder`, and taken from there the next time.
+with that of the installed Triton. Triton 3.4 links
+AMD's code with ROCm's own linker. Everything is kept in `--folder`, and taken from there the next time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -42,8 +42,6 @@ Row = dict[str, Any]
 def environment(triton: pathlib.Path | None) -> dict[str, str]:
     """Of a process that compiles with the Triton in that folder, or with the installed one."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if linker := shutil.which("lld"):  # Triton 3.4 brings none for AMD
-        kept.setdefault("TRITON_HIP_LLD_PATH", linker)
     return {**kept, "PYTHONPATH": os.pathsep.join(map(str, [triton, ROOT] if triton else [ROOT]))}
 
 

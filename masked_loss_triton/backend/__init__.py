@@ -10,26 +10,15 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from masked_loss_triton.call import BACKENDS, Backend, LossInputs
+from masked_loss_triton.call import BACKENDS, TENSORS, Backend, LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
-# What only the reference differentiates in.
-_CONSTANTS = (
-    "target",
-    "latents",
-    "prior",
-    "mask",
-    "weighting",
-    "prior_weight",
-    "prior_gate",
-    "mask_gate",
-    "loss_delta",
-)
 LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor, MaskedLossStats | None]]
 
 
@@ -43,7 +32,8 @@ def _why_no_kernels() -> str | None:
         return f"the kernels need triton 3.4 or newer, and {triton.__version__} is installed"
     if torch.cuda.is_available() and not interpreter_is_on():
         try:
-            triton.runtime.driver.active.utils  # noqa: B018  builds its host code, with a C compiler
+            # Triton builds its host code now: with a C compiler and Python.h.
+            _ = triton.runtime.driver.active.utils
         except Exception as error:
             return f"triton {triton.__version__} cannot start here ({str(error).splitlines()[0]})"
     return None
@@ -54,7 +44,7 @@ def why_no_kernels() -> str | None:
     return _why_no_kernels()
 
 
-# What `torch.compiler.assume_constant_result` does, without an import of the compiler: an older one cannot trace what is asked here.
+# What `torch.compiler.assume_constant_result` does, without an import of the compiler: an older one could not trace it.
 why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -128,7 +118,7 @@ def refuse_lost_derivatives(inputs: LossInputs) -> None:
         RuntimeError: forward mode, torch.func or vmap.
     """
     if torch.is_grad_enabled():
-        values = [(name, getattr(inputs, name)) for name in _CONSTANTS]
+        values: list[tuple[str, Any]] = list(zip(TENSORS[1:], inputs.tensors[1:], strict=True))
         for name, value in values + [("normalizer", number) for number in inputs.normalizer or ()]:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise ValueError(
