@@ -64,7 +64,7 @@ class Case:
         mask: "latent": every position its own; "one frame": on the grid of the latents, for all frames; "pixels": one frame at
             the size of the pictures.
         memory: "channels last": channels are the innermost axis of pred and target; "layered": (B, L, C, H, W), as Qwen-Image
-            with layers.
+            with layers; "packed": tokens of 2x2 patches; "cropped": rows are apart, as in a part of a larger picture.
     """
 
     latents: str = MAIN
@@ -114,10 +114,12 @@ class Call:
     prior: torch.Tensor | None
     config: MaskedLossConfig
     layout: str
+    patches: tuple[int, int] | None = None
 
     @property
     def keywords(self) -> dict[str, Any]:
-        return {} if self.prior is None else {"prior": self.prior}
+        found = {"prior": self.prior, "patches": self.patches}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, *, filled: bool = True) -> Call:
@@ -130,6 +132,10 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, *, fill
             tensor = torch.empty(case.shape, dtype=dtype, device=device)
         elif case.memory == "channels last":
             tensor = torch.empty((batch, *grid, channels), dtype=dtype, device=device).movedim(-1, 1)
+        elif case.memory == "packed":
+            tensor = torch.empty((batch, grid[1] * grid[2] // 4, 4 * channels), dtype=dtype, device=device)
+        elif case.memory == "cropped":
+            tensor = torch.empty((*case.shape[:-1], grid[2] + 8), dtype=dtype, device=device)[..., : grid[2]]
         else:
             tensor = torch.empty((batch, grid[0], channels, *grid[1:]), dtype=dtype, device=device)
         if filled:
@@ -146,7 +152,8 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, *, fill
         mask=_mask(case, device, generator),
         prior=latents(other) if case.prior else None,
         config=case.config,
-        layout="layered" if case.memory == "layered" else "channels_first",
+        layout=case.memory if case.memory in ("layered", "packed") else "channels_first",
+        patches=(case.shape[3] // 2, case.shape[4] // 2) if case.memory == "packed" else None,
     )
 
 

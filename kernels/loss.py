@@ -56,6 +56,7 @@ class LossOptions(StageOptions):
 
     Args:
         FLAT, FOLD, DIVISOR: see `Walk`. MASK_FLAT, MASK_DIVISOR: the same of a mask that the kernel reads itself.
+        BY_FRAME: `Walk.frames` is more than 1; frames are then innermost in the last axis of the grid.
         ONE_FRAME: the weights or the mask have one frame, pred has several.
         ROWS_OF_FOUR: one frame of four columns, as in packed tokens: known to the compiler, neighbours are read together.
         CELL_VECTOR: neighbours whose weights are neighbours too: their number divides every place where a frame or a fold ends.
@@ -67,6 +68,7 @@ class LossOptions(StageOptions):
     NORMALIZATION: str
     PER_SAMPLE: bool
     FLAT: bool
+    BY_FRAME: bool
     FOLD: int
     DIVISOR: int
     MASK_FLAT: bool
@@ -139,10 +141,13 @@ def loss_kernel(
     normalization,
     OPTIONS: tl.constexpr,
 ):
-    """Writes gradient and loss; grid (tiles of positions, groups of channels, B). A program keeps its weights over its channels."""
+    """Writes gradient and loss; grid (tiles of positions, groups of channels, B, or B F with BY_FRAME).
+
+    A program keeps its weights over its channels.
+    """
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
     channels = shape[1]
-    b = tl.program_id(2)
+    b = tl.program_id(2) // shape[2] if OPTIONS.BY_FRAME else tl.program_id(2)
     position, inside, cell, at = walked(shape, OPTIONS)
 
     s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
@@ -188,16 +193,16 @@ def loss_kernel(
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
     if out.loss_ptr is not None:
-        add_term(out.terms_ptr, b, 0, target_weight, errors)
+        add_term(out.terms_ptr, 0, target_weight, errors)
         if prior is not None:
-            add_term(out.terms_ptr, b, 1, prior_weight, prior_errors)
+            add_term(out.terms_ptr, 1, prior_weight, prior_errors)
         if out.stats_ptr is not None:
-            add_term(out.terms_ptr, b, 2, m, errors)
-            add_term(out.terms_ptr, b, 3, 1.0 - m, errors)
+            add_term(out.terms_ptr, 2, m, errors)
+            add_term(out.terms_ptr, 3, 1.0 - m, errors)
             if prior is not None:
-                add_term(out.terms_ptr, b, 4, m, prior_errors)
-                add_term(out.terms_ptr, b, 5, 1.0 - m, prior_errors)
-        write_loss(out, weights, b, shape, tiles, prior is not None, OPTIONS)
+                add_term(out.terms_ptr, 4, m, prior_errors)
+                add_term(out.terms_ptr, 5, 1.0 - m, prior_errors)
+        write_loss(out, weights, shape, tiles, prior is not None, OPTIONS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -251,13 +256,14 @@ def plan_loss(
         NORMALIZATION=config.normalization,
         PER_SAMPLE=config.per_sample,
         FLAT=walk.flat,
+        BY_FRAME=walk.frames > 1,
         FOLD=walk.fold,
         DIVISOR=walk.divisor,
         MASK_FLAT=mask_flat,
         MASK_DIVISOR=mask_divisor,
         ONE_FRAME=one_frame,
-        ROWS_OF_FOUR=frames == 1 and width == 4 and walk.rows_are_runs and walk.divisor % 4 == 0 and not walk.flat,
-        CELL_VECTOR=common_divisor([height * width if one_frame else frames * height * width], launch.vector),
+        ROWS_OF_FOUR=walk.rows_of_four,
+        CELL_VECTOR=common_divisor([height * width * (1 if one_frame or walk.frames > 1 else frames)], launch.vector),
         OFFSET=tl.int64 if max(x.span for x in operands if x is not None) >= 2**31 else tl.int32,
         VECTOR=launch.vector,
         BLOCK_P=launch.block_p,
@@ -265,7 +271,7 @@ def plan_loss(
         CHANNEL_BLOCKS=launch.channel_blocks,
     )
     return LossPlan(
-        (ceil_div(walk.positions, launch.block_p), groups, batch),
+        (ceil_div(walk.positions, launch.block_p), groups, batch * walk.frames),
         (*walk.strides, mask_strides),
         (tuple(pred.shape), tiles, config.loss_delta, Stages.of(config), Normalization.of(config), options),
         launch.options(),
@@ -319,5 +325,5 @@ def launch_loss(
         float(call.flow_sign),
         *plan.arguments,
     )
-    launches.add(loss_kernel[plan.grid](*arguments, **plan.options), plan.grid, arguments)
+    launches.start(loss_kernel, plan.grid, arguments, **plan.options)
     return loss, numbers, pred.new_empty(0) if gradient is None else gradient

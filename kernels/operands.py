@@ -47,54 +47,67 @@ class Walk:
     Args:
         strides: of each operand, as `Operand` takes them; None where there is no operand.
         channels, positions: as the kernel counts them, under the fold.
-        flat: the positions (F, H, W) of each operand are one run of memory. channels_innermost: neighbours in pred are channels.
+        flat: the positions (F, H, W) of each operand are one run of memory, or those of each frame are.
+        frames: 1, or F where only those of each frame are one run, as in layered latents: a program then stays in one frame.
+        channels_innermost: neighbours in pred are channels.
         fold: 2 takes (C, P) as (C / 2, 2 P), pairs of channels as one row: where P is an odd multiple of 4, rows of 2-byte
             elements start on 8 bytes, pairs of rows on 16.
         divisor: the power of two, up to 16, that divides the number of positions and all strides. A kernel multiplies it back: the
             compiler then knows what divides them and reads 128 bits at a time also where they are not multiples of 16.
-        itemsize: bytes of an element of the widest operand. rows_are_runs: of memory, in every operand.
+        itemsize: bytes of an element of the widest operand.
+        rows_of_four: not flat, but one frame of four columns that are neighbours in every operand, as in packed tokens.
     """
 
     strides: tuple[tuple[int, ...] | None, ...]
     channels: int
     positions: int
     flat: bool
+    frames: int
     channels_innermost: bool
     fold: int
     divisor: int
     itemsize: int
-    rows_are_runs: bool
+    rows_of_four: bool
 
     @classmethod
     def over(cls, operands: Sequence[Layout | None]) -> Walk:
         """The walk over pred, target and whatever else has the shape of pred."""
         given = [tensor for tensor in operands if tensor is not None]
         _, channels, frames, height, width = given[0].shape
-        positions = frames * height * width
-        flat = all(tensor.position_stride is not None for tensor in given)
+        runs = [tensor.position_stride for tensor in given]
+        by_frame = None in runs and frames > 1
+        if by_frame:
+            runs = [tensor.position_stride_in_frame for tensor in given]
+        flat = None not in runs
+        by_frame = by_frame and flat
+        positions = height * width if by_frame else frames * height * width
         itemsize = max(tensor.dtype.itemsize for tensor in given)
         in_rows = flat and all(tensor.strides[1] == positions for tensor in given)
         fold = 2 if in_rows and itemsize == 2 and positions % 8 == 4 and channels % 2 == 0 else 1
 
         def steps(tensor: Layout) -> tuple[int, ...]:
             b, c, *rest, w = tensor.used_strides
-            return b, c * fold, *rest, tensor.position_stride or 0 if flat else w
+            if flat:
+                w = (tensor.position_stride_in_frame if by_frame else tensor.position_stride) or 0
+            return b, c * fold, *rest, w
 
-        used = [step for tensor in given for step in steps(tensor)[: 2 if flat else 4]]
+        used = [step for tensor in given for step in steps(tensor)[: (3 if by_frame else 2) if flat else 4]]
         divisor = common_divisor([positions * fold, *used], 16)
         strides = tuple(None if tensor is None else divided(steps(tensor), divisor) for tensor in operands)
-        rows_are_runs = all(tensor.strides[4] == 1 for tensor in given)
+        rows_of_four = not flat and frames == 1 and width == 4 and divisor % 4 == 0
+        rows_of_four = rows_of_four and all(tensor.strides[4] == 1 for tensor in given)
         channels_innermost = channels > 1 and given[0].strides[1] == 1 and positions > 1
         return cls(
             strides,
             channels // fold,
             positions * fold,
             flat,
+            frames if by_frame else 1,
             channels_innermost,
             fold,
             divisor,
             itemsize,
-            rows_are_runs,
+            rows_of_four,
         )
 
 
@@ -121,12 +134,14 @@ class LossLaunch:
         access; a half beside a float32 is read 64 bits at a time, since 8 float32 per thread would leave half of each sector to
         the next access), 128 threads lie along the positions, and block_c channels are in flight per thread. Where channels are
         the innermost axis it is the other way. Where positions are not one run, each element has an offset of its own in every
-        tensor, and a thread takes 4 halves.
+        tensor: a thread takes 4 halves, and where rows are not known to be four, of 2 channels: some versions of Triton spill
+        at 16 elements.
     channel_blocks: how many blocks of channels a program walks with the same weights in registers. All of them, so that the
         mask is read once, unless the grid would not fill the device: then the channels are split, and the mask, then small,
         comes from the second-level cache.
     registers: what a thread may use at most, and what the compiler is told. With 64, 8 programs of 128 threads fit on an NVIDIA
-        multiprocessor, with the 96 that a prior takes 5, with the 128 of tensors that are not one run 4. Each has 16 KB in
+        multiprocessor, with the 96 that a prior takes 5, with the 128 of packed tokens 4, with the 168 of tensors
+        that are not one run 3. Each has 16 KB in
         flight (4 channels x 16 bytes x 2 tensors x 128 threads), of halves 8 KB. 16 KB is what 3.35 TB/s times 0.6 microseconds
         need for each multiprocessor of an H100: two programs would do.
     """
@@ -139,7 +154,8 @@ class LossLaunch:
     num_warps: int = dataclasses.field(default_factory=warps)
     without_prior: ClassVar[int] = 64
     with_prior: ClassVar[int] = 96
-    scattered: ClassVar[int] = 128  # positions that are not one run
+    packed: ClassVar[int] = 128  # rows of four
+    scattered: ClassVar[int] = 168  # positions that are not one run
 
     @classmethod
     def choose(cls, batch: int, walk: Walk, has_prior: bool, multiprocessors: int) -> LossLaunch:
@@ -151,12 +167,14 @@ class LossLaunch:
             block_p = 128 * vector
             while block_p > 128 and block_p // 2 >= walk.positions:
                 block_p //= 2
-            block_c = min(16 // vector, next_power_of_2(walk.channels))
+            block_c = min((16 if walk.flat or walk.rows_of_four else 8) // vector, next_power_of_2(walk.channels))
         all_blocks = ceil_div(walk.channels, block_c)
-        programs = ceil_div(walk.positions, block_p) * batch
+        programs = ceil_div(walk.positions, block_p) * batch * walk.frames
         # Two programs of four warps per multiprocessor keep 32 KB in flight there, of halves 16: what its memory latency needs.
         groups = min(all_blocks, max(1, ceil_div(2 * multiprocessors, programs) if programs < multiprocessors else 1))
-        registers = (cls.with_prior if has_prior else cls.without_prior) if walk.flat else cls.scattered
+        registers = cls.packed if walk.rows_of_four else cls.scattered
+        if walk.flat:
+            registers = cls.with_prior if has_prior else cls.without_prior
         return cls(vector, block_p, block_c, ceil_div(all_blocks, groups), registers)
 
     def options(self) -> dict[str, int]:
@@ -174,19 +192,23 @@ def walked(shape, OPTIONS: tl.constexpr):
     a product with strides needs.
     """
     _batch, _channels, frames, height, width = shape
-    grid_positions = frames * height * width
+    grid_positions = height * width if OPTIONS.BY_FRAME else frames * height * width
     positions = grid_positions * OPTIONS.FOLD // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     position = tl.program_id(0) * OPTIONS.BLOCK_P + tl.arange(0, OPTIONS.BLOCK_P)[None, :]
     inside = position < positions
     cell = position
     if OPTIONS.FOLD == 2:
         cell = tl.where(position < grid_positions, position, position - grid_positions)
-        CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
-        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     if OPTIONS.ROWS_OF_FOUR:
         frame, row, column = 0 * cell, cell // 4, cell % 4
     else:
         frame, row, column = split_position(cell, height, width)
+    if OPTIONS.BY_FRAME:
+        frame = tl.program_id(2) % frames
+        cell += frame * grid_positions
+    if OPTIONS.FOLD == 2 or OPTIONS.BY_FRAME:
+        CELL_VECTOR: tl.constexpr = OPTIONS.CELL_VECTOR
+        cell = tl.max_contiguous(tl.multiple_of(cell, (1, CELL_VECTOR)), (1, CELL_VECTOR))
     # 64-bit where a tensor spans 2^31 elements.
     cell = cell.to(OPTIONS.OFFSET)
     at = (frame.to(OPTIONS.OFFSET), row.to(OPTIONS.OFFSET), column.to(OPTIONS.OFFSET))
@@ -198,8 +220,10 @@ def walked(shape, OPTIONS: tl.constexpr):
 
 @triton.jit
 def offsets_of(tensor, b, at, position, OPTIONS: tl.constexpr):
-    """Offsets of positions in channel 0 of sample b; a tensor whose positions are one run needs no (frame, row, column)."""
+    """Offsets of positions in channel 0 of sample b; a tensor whose positions are one run needs no (row, column)."""
     start = b.to(tl.int64) * (tensor.b * OPTIONS.DIVISOR)
+    if OPTIONS.BY_FRAME:
+        start += at[0] * (tensor.f * OPTIONS.DIVISOR)
     if OPTIONS.FLAT:
         return start + position * tensor.w
     offsets = start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)

@@ -62,10 +62,9 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, call: LossInputs, factors: torch.Tensor | None) -> Sample:
-        weighting, delta = (None if x is None else x.contiguous() for x in (call.weighting, call.loss_delta))
-        if isinstance(call.prior_weight, torch.Tensor):
-            return cls(weighting, delta, call.prior_weight.contiguous(), 0.0, factors)
-        return cls(weighting, delta, None, call.prior_weight, factors)
+        given = (call.weighting, call.loss_delta, call.prior_weight)
+        weighting, delta, prior_weight = (None if x is None else x.contiguous() for x in given)
+        return cls(weighting, delta, prior_weight, call.prior_number, factors)
 
 
 class Outputs(NamedTuple):
@@ -215,15 +214,15 @@ def write_error_stats(terms_ptr, programs, partials_ptr, stats_ptr, count, chann
 
 
 @triton.jit
-def add_term(terms_ptr, b, TERM: tl.constexpr, weight, errors):
+def add_term(terms_ptr, TERM: tl.constexpr, weight, errors):
     """Writes this program's part of one term, the sum of weight times error; both (1, BLOCK_P)."""
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    program = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(terms_ptr + TERM * programs + program, tl.sum(tl.sum(weight * errors, axis=0), axis=0))
 
 
 @triton.jit
-def write_loss(out, weights, b, shape, tiles, HAS_PRIOR: tl.constexpr, OPTIONS: tl.constexpr):
+def write_loss(out, weights, shape, tiles, HAS_PRIOR: tl.constexpr, OPTIONS: tl.constexpr):
     """Once the terms of this program are written: the last program to come here adds all of them, always in the same order.
 
     Args:

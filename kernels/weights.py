@@ -333,8 +333,8 @@ def launch_weights(
         size = (ceil_div(math.prod(plan.shape), plan.launch.block), mask.shape[0])
         minus_most = launches.empty((size[1], size[0]), device) if stats else None
         arguments = (mask, raw, minus_most, *plan.before_blur)
-        launches.add(resample_kernel[size](*arguments, num_warps=num_warps), size, arguments)
+        launches.start(resample_kernel, size, arguments, num_warps=num_warps)
         mask = raw
     arguments = (mask, minus_most, gates, result, *plan.arguments)
-    launches.add(weights_kernel[tiles, batch](*arguments, num_warps=num_warps), (tiles, batch), arguments)
+    launches.start(weights_kernel, (tiles, batch), arguments, num_warps=num_warps)
     return result

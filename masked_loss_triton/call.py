@@ -80,7 +80,8 @@ class LossInputs:
     prior: torch.Tensor | None  # (B, C, F, H, W)
     mask: torch.Tensor | None  # (B or 1, Fm, Hm, Wm)
     weighting: torch.Tensor | None  # (B,)
-    prior_weight: torch.Tensor | float  # (B,), or one number
+    prior_weight: torch.Tensor | None  # (B,), in place of `prior_number`
+    prior_number: float
     prior_gate: torch.Tensor | None  # (B,), bool or float
     mask_gate: torch.Tensor | None  # (B,), bool
     loss_delta: torch.Tensor | None  # (B,), in place of that of the config
@@ -88,6 +89,11 @@ class LossInputs:
     process_group: ProcessGroup | None
     recording: Recording | None = None  # where the launches of this call are kept for the next one of its form
     patches: tuple[int, int] | None = None  # rows and columns of 2x2 patches: pred is (B, C, 1, T, 4), the mask is not
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of `TENSORS`."""
+        return tuple(getattr(self, name) for name in TENSORS)
 
     @property
     def batch(self) -> int:
@@ -111,6 +117,12 @@ class LossInputs:
     def delta(self, config: MaskedLossConfig, dtype: torch.dtype) -> torch.Tensor | float:
         """`loss_delta` of each sample, (B, 1, 1, 1, 1), or that of the config for all."""
         return config.loss_delta if self.loss_delta is None else self.loss_delta.to(dtype).view(-1, 1, 1, 1, 1)
+
+
+# The tensors of a call by their fields, in the order in which they travel together.
+TENSORS = (
+    "pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate", "loss_delta", "prior_weight",
+)  # fmt: skip
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
@@ -295,6 +307,7 @@ def describe(
         mask_gate = per_sample_numbers("mask_gate", mask_gate, pred, batch, (torch.bool,))
     if loss_delta is not None:
         loss_delta = per_sample_numbers("loss_delta", loss_delta, pred, batch, FLOAT_DTYPES)
+    weight = _prior_weight(prior_weight, config, pred, batch, prior is not None)
     return LossInputs(
         pred=canonical_pred,
         target=canonical_target,
@@ -303,7 +316,8 @@ def describe(
         prior=canonical_prior,
         mask=mask,
         weighting=weighting,
-        prior_weight=_prior_weight(prior_weight, config, pred, batch, prior is not None),
+        prior_weight=weight if isinstance(weight, torch.Tensor) else None,
+        prior_number=0.0 if isinstance(weight, torch.Tensor) else weight,
         prior_gate=prior_gate,
         mask_gate=mask_gate,
         loss_delta=loss_delta,

@@ -146,13 +146,17 @@ def masked_loss(
     """
     config = _checked(config)
     recording = None
-    if prior_weight is normalizer is process_group is patches is None and backend in _FUSED:
+    number = prior_weight if type(prior_weight) is float else None
+    weights: Any = None if number is not None else prior_weight  # of samples, or what `describe` will have to look at
+    # A sequence in the config becomes a tensor that nobody gave.
+    plain = prior_weight is not None or type(config.prior_weight) is float
+    if normalizer is process_group is patches is None and plain and backend in _FUSED:
         sign = 1
         targets: tuple[Any, Any] = (target, None)
         if type(target) is FlowTarget:
             sign, targets = target.sign, (target.noise, target.latents)
-        tensors = (pred, *targets, prior, mask, weighting, prior_gate, mask_gate, loss_delta)
-        recording = recording_of(tensors, layout, sign, backend, config.to_text(), return_stats)
+        tensors = (pred, *targets, prior, mask, weighting, prior_gate, mask_gate, loss_delta, weights)
+        recording = recording_of(tensors, layout, number, sign, backend, config.to_text(), return_stats)
         if recording is not None and recording.repeat is not None:
             again = recording.repeat(recording, tensors, config, sign, return_stats)
             if again is not None:
@@ -222,7 +226,9 @@ def mask_weights(
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # Asked in this order: torch 2.5 cannot trace the question which devices have autocast, and those that are compiled for have it.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    if known and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

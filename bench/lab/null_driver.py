@@ -20,8 +20,12 @@ from masked_loss_triton import backend
 MULTIPROCESSORS = 132
 
 
-def install() -> ctypes.CDLL:
-    """Makes Triton believe in an H100. `null_driver_launches()` of the library that is returned counts the launches."""
+def install(*, start: bool = True) -> ctypes.CDLL:
+    """Makes Triton believe in an H100. `null_driver_launches()` of the library that is returned counts the launches.
+
+    Args:
+        start: let Triton build its host code now, and not when it is first asked for.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET is set, and nothing is launched then: start this in a process without it")
     folder = tempfile.mkdtemp(prefix="null_driver_")
@@ -41,7 +45,8 @@ def install() -> ctypes.CDLL:
     from triton.backends.nvidia.driver import CudaDriver
 
     CudaDriver.is_active = staticmethod(lambda: True)
-    triton.runtime.driver.set_active(CudaDriver())
+    if start:
+        triton.runtime.driver.set_active(CudaDriver())
     # Where `choose` would refuse CPU tensors, and the launchers would choose as for the interpreter.
     from masked_loss_triton.kernels import loss as loss_kernels
 

@@ -10,39 +10,42 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from masked_loss_triton.call import BACKENDS, Backend, LossInputs
+from masked_loss_triton.call import BACKENDS, TENSORS, Backend, LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
-# What only the reference differentiates in.
-_CONSTANTS = (
-    "target",
-    "latents",
-    "prior",
-    "mask",
-    "weighting",
-    "prior_weight",
-    "prior_gate",
-    "mask_gate",
-    "loss_delta",
-)
 LossFunction = Callable[[LossInputs, MaskedLossConfig, bool], tuple[torch.Tensor, MaskedLossStats | None]]
 
 
 @functools.cache
-def why_no_kernels() -> str | None:
-    """None, or why the kernels cannot run here: no Triton, or one older than 3.4."""
+def _why_no_kernels() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     import triton
 
     if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 4):
         return f"the kernels need triton 3.4 or newer, and {triton.__version__} is installed"
+    if torch.cuda.is_available() and not interpreter_is_on():
+        try:
+            # Triton builds its host code now: with a C compiler and Python.h.
+            _ = triton.runtime.driver.active.utils
+        except Exception as error:
+            return f"triton {triton.__version__} cannot start here ({str(error).splitlines()[0]})"
     return None
+
+
+def why_no_kernels() -> str | None:
+    """None, or why the kernels cannot run here: no Triton, one older than 3.4, or one that finds no C compiler."""
+    return _why_no_kernels()
+
+
+# What `torch.compiler.assume_constant_result` does, without an import of the compiler: an older one could not trace it.
+why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def choose(name: Backend, pred: torch.Tensor) -> Backend:
     """The backend that computes the loss of `pred`.
 
     "auto": the reference for float64, Triton on a CUDA or ROCm device where it is installed, else torch. Where Triton is there
-    but too old, a warning says so, once.
+    but cannot run, a warning says why, once.
 
     Raises:
         ValueError: unknown name, or Triton asked for where it cannot run.
@@ -72,7 +75,7 @@ def choose(name: Backend, pred: torch.Tensor) -> Backend:
         if pred.device.type != "cuda":
             return "torch"
         reason = why_no_kernels()
-        if reason is not None and "newer" in reason and not torch.compiler.is_compiling():
+        if reason is not None and "not installed" not in reason and not torch.compiler.is_compiling():
             _say_once(f"masked_loss takes the slower torch backend: {reason}")
         return "triton" if reason is None else "torch"
     if name == "triton":
@@ -115,7 +118,7 @@ def refuse_lost_derivatives(inputs: LossInputs) -> None:
         RuntimeError: forward mode, torch.func or vmap.
     """
     if torch.is_grad_enabled():
-        values = [(name, getattr(inputs, name)) for name in _CONSTANTS]
+        values: list[tuple[str, Any]] = list(zip(TENSORS[1:], inputs.tensors[1:], strict=True))
         for name, value in values + [("normalizer", number) for number in inputs.normalizer or ()]:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise ValueError(

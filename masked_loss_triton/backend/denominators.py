@@ -63,7 +63,8 @@ def loss_factors(
         denominator_w, denominator_v = total_w + eps, total_v + eps
     # Data parallel training averages the gradients of its ranks; times the number of ranks, that average is the sum.
     s: Any = group_size / denominator_w
-    r: Any = inputs.prior_weight * (group_size / denominator_v) if has_prior else 0.0
+    prior_weight: Any = inputs.prior_number if inputs.prior_weight is None else inputs.prior_weight
+    r: Any = prior_weight * (group_size / denominator_v) if has_prior else 0.0
     if config.per_sample:
         s, r = s / samples, r / samples
     if inputs.weighting is not None:

@@ -16,8 +16,8 @@ import torch
 from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
 from masked_loss_triton.backend.layout import as_given
-from masked_loss_triton.backend.replay import ALIGNMENT, TENSORS, Recording, Tensors
-from masked_loss_triton.call import FlowTarget, LossInputs, describe
+from masked_loss_triton.backend.replay import ALIGNMENT, Recording, Tensors
+from masked_loss_triton.call import TENSORS, FlowTarget, LossInputs, describe
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.loss import launch_loss
@@ -70,10 +70,10 @@ class FusedLoss(torch.autograd.Function):
         total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write, recording=recording)
         # No saved tensor: the backward scales it in place and gives it away, once.
         ctx.gradient = gradient if write else None
-        *tensors, flow_sign, prior_weight, patches = _flat(inputs, factors)
-        ctx.numbers = flow_sign, prior_weight, patches
+        flat = _flat(inputs, factors)
+        ctx.numbers = flat[_SIZE:]
         ctx.config, ctx.recording = config, recording
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*flat[:_SIZE])
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return total, numbers
@@ -144,6 +144,8 @@ class RepeatedLoss(torch.autograd.Function):
             recording = ctx.recording
             target = tensors[1] if tensors[2] is None else FlowTarget(tensors[1], tensors[2], ctx.flow_sign)
             more = dict(zip(TENSORS[3:], tensors[3:], strict=True))
+            if more["prior_weight"] is None:
+                more["prior_weight"] = recording.prior_number
             inputs = describe(tensors[0], target, config=ctx.config, layout=recording.layout, **more)
             gradient = run(inputs, None, ctx.config, grad_output=grad_output)[2]
             gradient = as_given(gradient, recording.layout, recording.dim)
@@ -223,27 +225,21 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 OPERATORS = torch.ops.masked_loss_triton
 _SCHEMA = ", ".join(f"Tensor{'' if name in ('pred', 'target') else '?'} {name}" for name in TENSORS)
-_SCHEMA += ", Tensor? prior_weights, Tensor? factors, int flow_sign, float prior_weight, int[] patches"
-_SIZE = len(TENSORS) + 2  # tensors at the front of an operator's arguments
+_SCHEMA += ", Tensor? factors, int flow_sign, float prior_number, int[] patches"
+_SIZE = len(TENSORS) + 1  # tensors at the front of an operator's arguments
 
 
 def _flat(inputs: LossInputs, factors: torch.Tensor | None) -> tuple[Any, ...]:
     """What an operator takes of a call: all tensors, then the numbers."""
-    tensors = [getattr(inputs, name) for name in TENSORS]
-    patches = list(inputs.patches or ())
-    if isinstance(inputs.prior_weight, torch.Tensor):
-        return *tensors, inputs.prior_weight, factors, inputs.flow_sign, 0.0, patches
-    return *tensors, None, factors, inputs.flow_sign, inputs.prior_weight, patches
+    return *inputs.tensors, factors, inputs.flow_sign, inputs.prior_number, list(inputs.patches or ())
 
 
 def _call(*flat: Any) -> tuple[LossInputs, torch.Tensor | None]:
     """The inverse of `_flat`."""
-    *tensors, prior_weights, factors, flow_sign, number, patches = flat
+    *tensors, factors, flow_sign, prior_number, patches = flat
     named = dict(zip(TENSORS, tensors, strict=True))
-    prior_weight = number if prior_weights is None else prior_weights
-    numbers = dict(flow_sign=flow_sign, prior_weight=prior_weight, normalizer=None, process_group=None)
-    numbers |= dict(patches=tuple(patches) or None)
-    return LossInputs(**named, **numbers), factors
+    numbers: dict[str, Any] = dict(flow_sign=flow_sign, prior_number=prior_number, patches=tuple(patches) or None)
+    return LossInputs(**named, **numbers, normalizer=None, process_group=None), factors
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,6 +24,10 @@ class Layout(NamedTuple):
         return position_stride(self.shape, self.strides)
 
     @property
+    def position_stride_in_frame(self) -> int | None:
+        return position_stride((1, *self.shape[-2:]), (0, *self.strides[-2:]))
+
+    @property
     def used_strides(self) -> tuple[int, ...]:
         """The strides, 0 where an axis has one element: what stands there then is arbitrary, and would only look odd."""
         return tuple(0 if size == 1 else step for size, step in zip(self.shape, self.strides, strict=True))

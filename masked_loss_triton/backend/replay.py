@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from masked_loss_triton.kernels.launches import Launches
 
 ALIGNMENT = 16  # bytes: where a tensor does not begin on a multiple of it, Triton compiles a kernel of its own
-# The tensors of `LossInputs`, in the order in which they travel together.
-TENSORS = ("pred", "target", "latents", "prior", "mask", "weighting", "prior_gate", "mask_gate", "loss_delta")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -98,11 +96,11 @@ class Recording:
     """What is kept of one form of call; nothing before its first call, or where it cannot be repeated.
 
     Args:
-        layout, dim: of pred, as they were given.
+        layout, dim: of pred, as they were given. prior_number: the weight of the prior that the call gave as a number.
     """
 
-    def __init__(self, layout: str, dim: int) -> None:
-        self.layout, self.dim = layout, dim
+    def __init__(self, layout: str, dim: int, prior_number: float | None) -> None:
+        self.layout, self.dim, self.prior_number = layout, dim, prior_number
         self.cannot = False  # be repeated: seen, and not to be tried again
         self.repeat: Callable[..., Any] | None = None  # gives the loss of a later call: `repeated` of fused.py
         self.forward: Replay | None = None
@@ -117,7 +115,7 @@ class Recording:
     ) -> None:
         """Keeps the launches of a call with these outputs: loss, stats and gradient, the last two empty where not asked for."""
         gradient = outputs[2]
-        kept = self._replay(launches, [*(getattr(call, name) for name in TENSORS), *outputs])
+        kept = self._replay(launches, [*call.tensors, *outputs])
         if kept is None:
             return
         self.gradient_strides = as_given(gradient, self.layout, self.dim).stride() if gradient.numel() else None
@@ -154,16 +152,18 @@ class Recording:
         return self.driver.get_current_stream(self.device)
 
 
-# The innermost hooks of `torch.autograd.graph.saved_tensors_hooks`, or None; from torch 2.6 on they can be asked for.
-_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+# The innermost hooks of `torch.autograd.graph.saved_tensors_hooks`, or None. Before torch 2.6 one cannot ask: as if watched.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "perhaps")
 
 
 @functools.lru_cache(maxsize=256)
-def _recording(layout: str, dim: int, *_rest: object) -> Recording:
-    return Recording(layout, dim)
+def _recording(layout: str, dim: int, prior_number: float | None, *_rest: object) -> Recording:
+    return Recording(layout, dim, prior_number)
 
 
-def recording_of(tensors: Tensors, layout: str, *options: object) -> Recording | None:
+def recording_of(
+    tensors: Tensors, layout: str, prior_number: float | None = None, *options: object
+) -> Recording | None:
     """What is kept of calls of this form; None for what has no form: traced or faked, watched by a mode or by hooks of saved
     tensors (a checkpoint compares what its two passes save), under torch.func, with tangents, or wrong."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -179,7 +179,7 @@ def recording_of(tensors: Tensors, layout: str, *options: object) -> Recording |
                 form += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % ALIGNMENT
             else:
                 return None
-        return _recording(layout, tensors[0].dim(), *form)  # type: ignore[union-attr]
+        return _recording(layout, tensors[0].dim(), prior_number, *form)  # type: ignore[union-attr]
     except (RuntimeError, TypeError, AttributeError):
         # No tensor, no strides, or an option that is no option: `describe` says so.
         return None

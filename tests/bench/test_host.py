@@ -75,12 +75,18 @@ def launches(call, stats):
     "Every launch of forward and backward, addresses by what lies there; scratch by the order in which it is met."
     seen.clear()
     keywords = dict(call.keywords, layout=call.layout, return_stats=stats, backend="triton")
+    if call.prior is not None and call.config.per_sample:
+        keywords |= dict(prior_weight=torch.full((len(call.prior),), 0.25))
+    elif call.prior is not None:
+        keywords |= dict(prior_weight=0.25)  # as trainers give it
     found = masked_loss(call.pred, call.target, call.mask, call.config, **keywords)
     loss, numbers = found if stats else (found, None)
     grad_output = torch.ones(())
     (gradient,) = torch.autograd.grad(loss, call.pred, grad_output)
     noise, latents = (call.target.noise, call.target.latents) if hasattr(call.target, "noise") else (call.target, None)
     named = dict(pred=call.pred, target=noise, latents=latents, mask=call.mask, prior=call.prior, loss=loss, gradient=gradient)
+    if torch.is_tensor(keywords.get("prior_weight")):
+        named |= dict(prior_weight=keywords["prior_weight"])
     named |= dict(grad_output=grad_output, numbers=None if numbers is None else numbers[0])
     places = {x.data_ptr(): name for name, x in named.items() if x is not None}
     tensors = set()
