@@ -112,8 +112,7 @@ class Run:
 
     def _draw(self, experiment: str, arm: str, samples: Samples | None) -> None:
         if samples is not None:
-            pictures = np.concatenate([samples.subjects, samples.places])
-            Image.fromarray(np.concatenate(list(pictures))).save(self.folder / f"{experiment}-{arm}.png")
+            Image.fromarray(np.concatenate(list(samples.pictures))).save(self.folder / f"{experiment}-{arm}.png")
 
     def _row(self, experiment: str, arm: str, step: int, numbers: dict[str, float], seconds: float) -> None:
         if (self.seed, experiment, arm, step) in self.table.done:
@@ -124,12 +123,14 @@ class Run:
 
 
 class Table:
-    """The rows of this commit, written as they come."""
+    """The rows of this commit, written as they come; to report, those of the commit that was measured last."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, to_report: bool = False) -> None:
         self.file, self.here = file, environment()
         every = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
         self.is_new = not every
+        if to_report and every:
+            self.here["commit"] = every[-1]["commit"]
         self.rows: list[dict[str, Any]] = [row for row in every if row["commit"] == self.here["commit"]]
 
     @property
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the CSV file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(args.output or ROOT / "bench/results" / slug(device_name()) / "proof.csv")
+    table = Table(args.output or ROOT / "bench/results" / slug(device_name()) / "proof.csv", args.report)
     for seed in () if args.report else args.seeds:
         run = Run(seed, table)
         for experiment in args.experiments:

@@ -90,7 +90,7 @@ class Measure:
     def _painted(self, samples: Samples) -> dict[str, float]:
         sampler, examples = self.sampler, tested(self.experiment)
         assert sampler is not None
-        drawn = np.concatenate([samples.subjects, samples.places])
+        drawn = samples.pictures
         if self.experiment == "watermark":
             marked = np.stack([data.with_logo(picture) for picture in sampler.base])
             return {"painted": painted(drawn, sampler.base, marked, data.logo_weights()[None])}
@@ -98,8 +98,8 @@ class Measure:
             # Under each one's word: how much of the other one is there.
             assert examples.masks is not None
             other = np.kron(examples.masks.flip(0)[:, 0].numpy(), np.ones((1, 8, 8))).repeat(sampler.count, axis=0)
-            base = sampler.base[: len(samples.subjects)]
-            return {"painted": painted(samples.subjects, base, sampler.photos, other)}
+            count = len(sampler.photos)
+            return {"painted": painted(drawn[:count], sampler.base[:count], sampler.photos, other)}
         return {}
 
 

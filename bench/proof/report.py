@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from bench.proof.experiments import (
     ONE_CAPTION,
     STEPS,
     STOPPED,
-    Way,
     prior,
+    trained,
 )
-from masked_loss_triton.demo import pipeline
+from masked_loss_triton.demo import figures, photos, pipeline
+from masked_loss_triton.demo.encoder import decode
+from masked_loss_triton.demo.evaluation import SHOWN_PLACES
 
 Rows = list[dict[str, Any]]
 TITLES = {"base": "base model", STOPPED: "mask, stopped at the inside error of the prior"} | {
@@ -159,9 +161,8 @@ def write(measured: Any, folder: Path) -> None:
     print("\nseeds on which each claim holds\n", *judged(measured.rows), sep="\n")
     if any(row["arm"] == DEFAULT.key for row in measured.rows):
         print(*plots.dial(dial(measured.rows), folder), sep="\n")
-    pictures = ROOT / "build" / "proof" / measured.here["commit"]
-    for seed in sorted(pictures.glob("seed*")):
-        print(strip(seed))
+    for seed in sorted((ROOT / "build" / "proof" / measured.here["commit"]).glob("seed*")):
+        print(*pictures(seed, seed), sep="\n")
 
 
 def dial(rows: Rows) -> dict[str, list[tuple[str, float, float]]]:
@@ -183,17 +184,51 @@ def _point(rows: Rows, arm: str, step: int = STEPS["photographs"]) -> tuple[floa
     return inside, drift
 
 
-def strip(folder: Path, ways: Sequence[Way] = (NO_MASK, MASK, DEFAULT)) -> str:
-    """One picture for people: what base model and LoRAs draw of each subject at one place, and of two places alone."""
-    lines = []
-    for arm in ("base", *(way.key for way in ways)):
-        file = folder / f"photographs-{arm}.png"
-        if not file.exists():
-            return f"{folder.name}: no pictures yet"
-        pictures = np.asarray(Image.open(file))
-        pictures = pictures.reshape(-1, pipeline.SIDE, *pictures.shape[1:])
-        count = len(pictures) // 5
-        chosen = [i * count + (i + turn) % count for turn in (0, 2) for i in range(4)] + [4 * count, 4 * count + 1]
-        lines.append(np.hstack([pictures[i] for i in chosen]))
-    Image.fromarray(np.vstack(lines)).save(folder / "strip.png")
-    return str((folder / "strip.png").relative_to(ROOT))
+def pictures(folder: Path, output: Path) -> list[Path]:
+    """The pictures of one seed, for people: subjects at places, the logo, the pair. Nothing where they were not drawn yet."""
+    titles = {way.key: way.title for way in (NO_MASK, MASK)} | {DEFAULT.key: "mask + prior"}
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    for experiment in ("photographs", "watermark", "pair"):
+        for arm in ("base", *titles):
+            file = folder / f"{experiment}-{arm}.png"
+            if not file.exists():
+                return []
+            column = np.asarray(Image.open(file))
+            drawn.setdefault(experiment, {})[arm] = column.reshape(-1, pipeline.SIDE, *column.shape[1:])
+    theme = figures.THEMES["light"]
+    drawings = {
+        "subjects": figures.draw_samples(
+            _shown("photographs"), drawn["photographs"], SHOWN_PLACES, {"base": "base model"} | titles, theme
+        ),
+        "watermark": _every("watermark", drawn, titles),
+        "pair": _every("pair", drawn, titles),
+    }
+    files = []
+    for name, figure in drawings.items():
+        file = output / f"proof_{name}.jpg"
+        file.write_bytes(figures.to_jpeg(figure))
+        files.append(file)
+    return files
+
+
+def _shown(experiment: str) -> list[figures.Shown]:
+    examples = trained(experiment)
+    assert examples.masks is not None
+    decoded = [decode(latents) for latents in examples.latents]
+    return [
+        figures.Shown(name, picture, mask[0].numpy(), picture, {})
+        for name, picture, mask in zip(examples.names, decoded, examples.masks, strict=True)
+    ]
+
+
+def _every(experiment: str, drawn: dict[str, dict[str, np.ndarray]], titles: dict[str, str]) -> Any:
+    """Eight pictures of each LoRA in one experiment: its subjects at as many places as that takes."""
+    everything, count = _shown(experiment), len(SHOWN_PLACES)
+    subjects = [(i, item) for i, item in enumerate(everything) if item.name in photos.SUBJECTS]
+    step = max(1, count * len(subjects) // 8)
+    spots = [(i, item, place) for i, item in subjects for place in range(0, count, step)]
+    heads = [f"{item.name},\n{SHOWN_PLACES[place]}" for _, item, place in spots]
+    rows = {"photograph": [item.decoded for _, item, _ in spots]} | {
+        title: [drawn[experiment][key][i * count + place] for i, _, place in spots] for key, title in titles.items()
+    }
+    return figures.draw_rows(rows, heads, figures.THEMES["light"], masks=[item.mask for _, item, _ in spots])

@@ -101,15 +101,13 @@ class Fidelity:
 class Samples:
     """Pictures that one model draws from pure noise, and what they are worth.
 
-    subjects: uint8 (N * places, H, W, 3), every subject at every shown place, subject by subject.
-    places: uint8 (places, H, W, 3), the shown places with nobody in them.
+    pictures: uint8 ((N + 1) * places, H, W, 3), every subject at every shown place, subject by subject, then nobody there.
     subject: the inside of the masks against the photographs.
     background: the outside of the masks against what the base model draws from the same noise under the same caption.
     empty: the places with nobody in them against the base model's.
     """
 
-    subjects: np.ndarray
-    places: np.ndarray
+    pictures: np.ndarray
     subject: Fidelity
     background: Fidelity
     empty: Fidelity
@@ -136,15 +134,14 @@ class Sampler:
 
     def score(self, model: Model) -> Samples:
         """Draws one model's pictures and measures them."""
-        pictures = self._draw(model)
-        return self.judge(pictures)
+        return self.judge(self._draw(model))
 
     def judge(self, pictures: np.ndarray) -> Samples:
+        """Measures pictures that `score` would draw."""
         subjects, places = np.split(pictures, [-self.count])
         base_subjects, base_places = np.split(self.base, [-self.count])
         return Samples(
-            subjects,
-            places,
+            pictures,
             subject=fidelity(subjects, self.photos, self.masks),
             background=fidelity(subjects, base_subjects, 1 - self.masks),
             empty=fidelity(places, base_places, np.ones_like(self.masks[: self.count])),

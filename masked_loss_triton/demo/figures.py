@@ -13,8 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from masked_loss_triton.demo.evaluation import Samples
-
 MAX_SHOWN = 6  # photographs
 DPI = 144
 WIDTH = 11.4  # inches, of every figure that has enough columns: text is then of one size throughout the page
@@ -99,29 +97,43 @@ def draw_photos(shown: Sequence[Shown], theme: Mapping[str, str]) -> Figure:
 
 def draw_samples(
     shown: Sequence[Shown],
-    samples: Mapping[str, Samples],
+    samples: Mapping[str, np.ndarray],
     places: Sequence[str],
     titles: Mapping[str, str],
     theme: Mapping[str, str],
 ) -> Figure:
     """What each model draws from pure noise: every photograph's subject at one place, then at another, then two places alone. The
-    first row shows the photograph that the LoRAs saw."""
+    first row shows the photograph that the LoRAs saw; `samples` has the pictures of each model, as `Samples.pictures`."""
     count = len(places)
     spots = [(i, (i + turn) % count) for turn in (0, 2) for i in range(min(len(shown), count))]
-    figure, axes = _grid(1 + len(titles), len(spots) + 2, theme)
-    for row, (key, title) in zip(axes[1:], titles.items(), strict=True):
-        row[0].set_ylabel(title, color=theme["ink"], fontsize=9)
-        pictures = [samples[key].subjects[i * count + place] for i, place in spots]
-        for tile, picture in zip(row, [*pictures, *samples[key].places[:2]], strict=True):
-            _tile(tile, picture)
-    for tile, below, (i, place) in zip(axes[0], axes[1], spots, strict=False):
-        _tile(tile, shown[i].decoded, shown[i].mask)
-        below.set_title(places[place], color=theme["ink"], fontsize=9)
-        tile.set_title(_name(shown[i].name), color=theme["ink"], fontsize=9, parse_math=False)
-    axes[0][0].set_ylabel("photograph", color=theme["ink"], fontsize=9)
-    for tile, below, name in zip(axes[0][-2:], axes[1][-2:], places, strict=False):
-        tile.set_axis_off()
-        below.set_title(f"nobody,\n{name}", color=theme["ink"], fontsize=9)
+    alone = next(iter(samples.values())).shape[0] - count
+    chosen = [i * count + place for i, place in spots] + [alone, alone + 1]
+    heads = [f"{_name(shown[i].name)},\n{places[place]}" for i, place in spots]
+    heads += [f"nobody,\n{place}" for place in places[:2]]
+    photos = [shown[i].decoded for i, _ in spots]
+    rows = {"photograph": photos} | {title: [samples[key][i] for i in chosen] for key, title in titles.items()}
+    return draw_rows(rows, heads, theme, masks=[shown[i].mask for i, _ in spots])
+
+
+def draw_rows(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    heads: Sequence[str],
+    theme: Mapping[str, str],
+    masks: Sequence[np.ndarray] = (),
+) -> Figure:
+    """Rows of pictures with a word beside each and one above each column; a shorter row leaves its end empty, and the first row
+    shows the outlines of masks."""
+    figure, axes = _grid(len(rows), len(heads), theme, foot=0.2)
+    outlines = masks  # of the first row
+    for line, (title, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(title.replace(" + ", "\n+ "), color=theme["ink"], fontsize=9)
+        for tile in line[len(pictures) :]:
+            tile.set_axis_off()
+        for i, (tile, picture) in enumerate(zip(line, pictures, strict=False)):
+            _tile(tile, picture, outlines[i] if i < len(outlines) else None)
+        outlines = ()
+    for tile, head in zip(axes[0], heads, strict=True):
+        tile.set_title(head, color=theme["ink"], fontsize=9, parse_math=False)
     return figure
 
 
@@ -189,6 +201,11 @@ def to_png(figure: Figure) -> bytes:
 def to_webp(figure: Figure) -> bytes:
     """The same for a page: a tenth of the size."""
     return _written(figure, format="webp", pil_kwargs={"quality": 88, "method": 6})
+
+
+def to_jpeg(figure: Figure) -> bytes:
+    """The same for a page of documentation."""
+    return _written(figure, format="jpg", pil_kwargs={"quality": 88, "optimize": True})
 
 
 def _written(figure: Figure, **options: Any) -> bytes:

@@ -198,9 +198,10 @@ def _draw(folder: Path, subjects: tuning.Examples, results: Results, titles: dic
     """Writes the PNGs and returns the figures of the page."""
     shown = _shown(folder, subjects, results)
     ways = {key: title for key, title in titles.items() if key != "base"}
+    pictures = {key: drawn.pictures for key, drawn in results.samples.items()}
     drawings: dict[str, Any] = {
         "photos": lambda theme: figures.draw_photos(shown, theme),
-        "samples": lambda theme: figures.draw_samples(shown, results.samples, SHOWN_PLACES, titles, theme),
+        "samples": lambda theme: figures.draw_samples(shown, pictures, SHOWN_PLACES, titles, theme),
         "drifts": lambda theme: figures.draw_drifts(shown, ways, theme),
         "curves": lambda theme: figures.draw_curves(results.base_losses, results.curves, ways, theme),
     }

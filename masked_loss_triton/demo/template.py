@@ -46,6 +46,7 @@ td.best { background: var(--best); font-weight: 650; }
 .yes span { color: var(--yes); }
 .no span { color: var(--no); }
 figure { margin: 1.5rem 0 0; }
+figure picture { display: block; overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 42rem; margin-top: 0.75rem; color: var(--quiet); font-size: 0.92rem; line-height: 1.5; }
 code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
@@ -53,6 +54,7 @@ code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", 
   main { padding: 2.5rem 1rem 4rem; }
   h1 { font-size: 1.8rem; }
   th, td { padding: 0.5rem 0.4rem; font-size: 0.85rem; white-space: normal; }
+  figure img { max-width: none; width: 48rem; }
 }
 </style>
 </head>

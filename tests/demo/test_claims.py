@@ -28,7 +28,7 @@ DRAWN = {
 def samples(background, empty):
     nobody = np.zeros((0, 8, 8, 3), np.uint8)
     one, two, three = (Fidelity(10 ** (-psnr / 10), psnr, 0.5) for psnr in (14.0, background, empty))
-    return Samples(nobody, nobody, one, two, three)
+    return Samples(nobody, one, two, three)
 
 
 def failed(drawn=None, **changes):
