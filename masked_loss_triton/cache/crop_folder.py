@@ -1,13 +1,14 @@
 """Writes pictures, masks and captions cut to the masks: crops of the trainer's buckets that keep the whole subject.
 
-for done in crop_folder(Cropping(images=Path("photos"), masks=Path("masks"), output=Path("crops"), resolution=(960, 544))):
-    print(done.status, done.file, done.message)
+cropping = Cropping(images=Path("photos"), masks=Path("masks"), output=Path("crops"), resolution=(960, 544))
+for done in crop_folder(cropping, files):
+    print([(one.status, one.zoom, one.message) for one in done])
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,12 @@ from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.crops import crop_around, cut
 from masked_loss_triton.masks.frames import to_uint8
+from masked_loss_triton.masks.listing import check_three_folders
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, mask_directories
+from masked_loss_triton.masks.zooms import FULL, PLAIN, check_zooms, labels_beside, zoomed
+
+Contents = Callable[[], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 NOTE = "crop"
 MOVE = "move it, or give another --output"
@@ -40,6 +45,9 @@ class Cropping:
         step: sides of buckets are multiples of it.
         margin: around the mask, of its longer side.
         captions: the extension of caption files, copied where there are any.
+        zooms: a crop for each of them, called NAME_ZOOM, see `zoomed`; without any, one of the whole mask, called NAME.
+        labels: of the masks NAME.LABEL.png that are cropped along and belong to the subject; empty takes those that are there
+            if there are zooms, else none.
 
     Raises:
         UserError: for folders that do not exist and numbers out of range.
@@ -52,79 +60,157 @@ class Cropping:
     step: int = 16
     margin: float = 0.1
     captions: str = ".txt"
+    zooms: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for flag in ("images", "masks"):
             if not getattr(self, flag).is_dir():
                 raise UserError(f"--{flag} {getattr(self, flag)} is not a folder", 2)
+        check_three_folders(self.images, self.masks, self.output)
         if min(self.resolution) < self.step or self.step < 1:
             raise UserError(f"--resolution must be {self.step} or more, got {' '.join(map(str, self.resolution))}", 2)
         if not 0 <= self.margin <= 2:
             raise UserError(f"--margin must be between 0 and 2, got {self.margin:g}", 2)
         check_extension(self.captions)
 
-    def note(self) -> dict[str, object]:
+    def note(self, zoom: str) -> dict[str, object]:
         """What is written into each picture and mask."""
-        return {"resolution": list(self.resolution), "step": self.step, "margin": self.margin}
+        made = {"resolution": list(self.resolution), "step": self.step, "margin": self.margin}
+        return {**made, "zoom": zoom} if zoom else made
 
 
 @dataclasses.dataclass(frozen=True)
 class Cropped:
-    """What became of one picture: "written", "present" or "problem"; what is wrong; how much it was enlarged, and whether the crop
-    reaches beyond the picture."""
+    """What became of one crop of a picture: "written", "present", "absent" where the picture has nothing of its zoom, or
+    "problem"; what is wrong; how much it was enlarged, and whether the crop reaches beyond the picture."""
 
     file: Path
     status: str
     message: str = ""
     enlarged: float = 1.0
     beyond: bool = False
+    zoom: str = ""
 
 
-def crop_folder(cropping: Cropping, files: list[Path]) -> Iterator[Cropped]:
-    """Crops pictures in a few threads; yields what became of each, as they are done."""
+def crop_folder(cropping: Cropping, files: list[Path]) -> Iterator[list[Cropped]]:
+    """Crops pictures in a few threads; yields what became of each, as they are done.
+
+    Raises:
+        UserError: for a zoom that is no label, and for two crops of one name.
+    """
     directories = mask_directories(files, cropping.images, cropping.masks)
-    yield from run_parallel(lambda file: _guarded(file, cropping, directories), files, default_workers())
+    labels = cropping.labels or (labels_beside(files, directories) if cropping.zooms else ())
+    check_zooms(cropping.zooms, labels)
+    _check_names(cropping, files)
+    cropping = dataclasses.replace(cropping, labels=labels)
+    yield from run_parallel(lambda file: _crop(file, cropping, directories.get(file.parent)), files, default_workers())
 
 
-def _guarded(file: Path, cropping: Cropping, directories: dict[Path, MaskDirectory]) -> Cropped:
-    try:
-        return _crop(file, cropping, directories.get(file.parent))
-    except UserError as error:
-        return Cropped(file, "problem", str(error))
-    except OSError as error:
-        return Cropped(file, "problem", f"{file}: {error.strerror or error}")
+def _check_names(cropping: Cropping, files: list[Path]) -> None:
+    """Raises UserError where a_b with the zoom c and a with the zoom b_c would be one file."""
+    first: dict[Path, Path] = {}
+    for file in files:
+        for zoom in cropping.zooms:
+            other = first.setdefault(file.with_name(f"{file.stem}_{zoom}"), file)
+            if other != file:
+                raise UserError(f"--zoom {zoom}: {file} and {other} would both give {file.stem}_{zoom}: rename one", 2)
 
 
-def _crop(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> Cropped:
-    place = file.parent.relative_to(cropping.images)
-    targets = [cropping.output / kind / place / f"{file.stem}.png" for kind in ("images", "masks")]
-    there = [(read_png_note(target) or {}).get(NOTE) if target.exists() else None for target in targets]
-    if all(note == cropping.note() for note in there):
-        return Cropped(file, "present")
-    for target, note in zip(targets, there, strict=True):
-        if note is None and target.exists():
-            raise UserError(f"{target} is already there, and is no crop: {MOVE}")
-    mask_path = directory.find(file.stem, video=False) if directory else None
-    if mask_path is None:
-        raise UserError(f"{file} has no mask in {cropping.masks / place}: add {file.stem}.png")
+def _crop(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> list[Cropped]:
+    """Makes all crops of a picture, which is read once."""
+    opened: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+
+    def contents() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if not opened:
+            opened.append(_read(file, paths))
+        return opened[0]
+
+    done = []
+    for zoom in cropping.zooms or (PLAIN,):
+        try:
+            paths = _mask_paths(file, cropping, directory)
+            done.append(_crop_one(file, zoom, cropping, paths, contents))
+        except UserError as error:
+            done.append(Cropped(file, "problem", str(error), zoom=zoom))
+        except OSError as error:
+            done.append(Cropped(file, "problem", f"{error.filename or file}: {error.strerror or error}", zoom=zoom))
+    return done[:1] if done[0].status == "problem" and len({one.message for one in done}) == 1 else done
+
+
+def _mask_paths(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> dict[str, Path]:
+    """The masks of a picture by label, the plain one first.
+
+    Raises:
+        UserError: where there is none.
+    """
+    names = {PLAIN: file.stem, **{label: f"{file.stem}.{label}" for label in cropping.labels}}
+    found = {label: directory.find(name, video=False) if directory else None for label, name in names.items()}
+    paths = {label: path for label, path in found.items() if path is not None}
+    if not paths:
+        place = cropping.masks / file.parent.relative_to(cropping.images)
+        raise UserError(f"{file} has no mask in {place}: add {file.stem}.png")
+    return paths
+
+
+def _read(file: Path, paths: Mapping[str, Path]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A picture, and its masks on its pixels."""
     picture = read_picture(file, exif=False).rgb
     size = (picture.shape[1], picture.shape[0])
-    mask = align_to_picture(to_uint8(read_mask_file(mask_path, exif=False)), size, mask_path, file)
-    if not mask.any():
-        raise UserError(f"{mask_path} is black: there is nothing to crop {file} to")
+    masks = {
+        label: align_to_picture(to_uint8(read_mask_file(path, exif=False)), size, path, file)
+        for label, path in paths.items()
+    }
+    return picture, masks
+
+
+def _crop_one(file: Path, zoom: str, cropping: Cropping, paths: Mapping[str, Path], contents: Contents) -> Cropped:
+    """Makes one crop of a picture, with its masks and caption."""
+    place, stem = file.parent.relative_to(cropping.images), f"{file.stem}_{zoom}" if zoom else file.stem
+    masks_folder = cropping.output / "masks" / place
+    target = cropping.output / "images" / place / f"{stem}.png"
+    targets = {label: masks_folder / (f"{stem}.{label}.png" if label else f"{stem}.png") for label in paths}
+    notes = {one: _note_of(one) for one in (target, *targets.values())}
+    if all(note == cropping.note(zoom) for note in notes.values()):
+        return Cropped(file, "present", zoom=zoom)
+    picture, masks = contents()
+    wanted = zoomed(zoom, masks)
+    if not wanted.any():
+        if zoom not in ("", FULL):
+            return Cropped(file, "absent", zoom=zoom)
+        raise UserError(f"{' and '.join(map(str, paths.values()))} is black: there is nothing to crop {file} to")
     caption = caption_of(file, cropping.captions)
-    copy = copy_of_caption(caption, targets[0].parent, MOVE) if caption.is_file() else None
-    box, bucket = crop_around(mask, buckets_of(cropping.resolution, cropping.step), cropping.margin)
-    beyond = box[0] < -0.5 or box[1] < -0.5 or box[2] > size[0] + 0.5 or box[3] > size[1] + 0.5
-    for target, pixels in zip(targets, (cut(picture, box, bucket), cut(mask, box, bucket, "constant")), strict=True):
-        _save(target, pixels, cropping, there)
+    copy = None
+    if caption.is_file():
+        copy = copy_of_caption(caption, target.with_name(f"{stem}{caption.suffix}"), MOVE)
+    buckets = buckets_of(cropping.resolution, cropping.step)
+    box, bucket = crop_around(wanted, buckets, cropping.margin, enlarge=zoom not in ("", FULL))
+    height, width = wanted.shape
+    beyond = box[0] < -0.5 or box[1] < -0.5 or box[2] > width + 0.5 or box[3] > height + 0.5
+    _save(target, cut(picture, box, bucket), cropping.note(zoom), notes[target])
+    for label, mask in masks.items():
+        _save(targets[label], cut(mask, box, bucket, "constant"), cropping.note(zoom), notes[targets[label]])
     if copy is not None:
         copy.run()
-    return Cropped(file, "written", "", bucket[0] / (box[2] - box[0]), beyond)
+    return Cropped(file, "written", "", bucket[0] / (box[2] - box[0]), beyond, zoom)
 
 
-def _save(target: Path, pixels: np.ndarray, cropping: Cropping, there: list[object]) -> None:
+def _note_of(target: Path) -> object:
+    """The note of an earlier crop, or None where there is no file.
+
+    Raises:
+        UserError: for a file that is no crop.
+    """
+    if not target.exists():
+        return None
+    note = (read_png_note(target) or {}).get(NOTE)
+    if note is None:
+        raise UserError(f"{target} is already there, and is no crop: {MOVE}")
+    return note
+
+
+def _save(target: Path, pixels: np.ndarray, note: dict[str, object], there: object) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    note = png_note({NOTE: cropping.note()})
-    expected = None if any(there) else NO_FILE
-    replace_file(target, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=note), expected=expected)
+    text = png_note({NOTE: note})
+    expected = NO_FILE if there is None else None
+    replace_file(target, lambda file: Image.fromarray(pixels).save(file, "PNG", pnginfo=text), expected=expected)

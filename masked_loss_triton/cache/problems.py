@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from masked_loss_triton.cache.align import compute_clip_weights, compute_weights, find_inputs, place
+from masked_loss_triton.cache.align import Inputs, compute_clip_weights, compute_weights, find_inputs, place
 from masked_loss_triton.cache.check_pictures import check_source
 from masked_loss_triton.cache.checked import Checked, CheckedDataset, Findings
-from masked_loss_triton.cache.clip_masks import section_span
+from masked_loss_triton.cache.clip_masks import kept_masks, section_span
 from masked_loss_triton.cache.inject import WEIGHTS_PREFIX, Prepared, own_weights, unread_of, verify_tensors
 from masked_loss_triton.cache.items import CacheItem, LatentShape, Source, latent_shape
 from masked_loss_triton.cache.kinds import Problem, problem
@@ -28,6 +28,7 @@ from masked_loss_triton.masks.geometry import frames_per_latent
 from masked_loss_triton.masks.labels import label_of
 from masked_loss_triton.masks.operations import MaskOperations
 from masked_loss_triton.masks.reading import open_image
+from masked_loss_triton.masks.sources import read_still
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,25 @@ def _check_current(
     if operations is not None and made == inputs.digest_with(operations):
         note = f"masked with {operations}, now asked for {dataset.operations}: give the same, or run masked-loss cache again"
         return [problem(prepared, "options", item.path, note)]
+    if not _are_readable(item, inputs, prepared):
+        return []  # as above: caching again would not help
     return [problem(prepared, "outdated", item.path, "run masked-loss cache again")]
+
+
+def _are_readable(item: CacheItem, inputs: Inputs, prepared: Prepared) -> bool:
+    """Whether the masks of an item can be decoded; of those of clips the first frame."""
+    groups = [list(group) for group in inputs.candidates]
+    groups += [[one] for labels in inputs.labels for one in labels if one is not None]
+    try:
+        for group in groups:
+            if item.window is None:
+                read_still(group)
+            elif group:
+                clip = item.source.targets[0] if item.source is not None else None
+                next(iter(kept_masks(group[0], clip, prepared.dataset, prepared.family)), None)
+    except UserError:
+        return False
+    return True
 
 
 def cached_operations(file: TensorFile) -> MaskOperations | None:

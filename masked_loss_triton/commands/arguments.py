@@ -53,7 +53,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True
     sources.add_argument("--require_mask", action=switch, default=None, help="no mask is a problem, not full weight")
     pixels = parser.add_argument_group("what is done to them, in this order (also keys of the dataset file)")
     pixels.add_argument("--mask_dilate", type=int, metavar="PIXELS", help="grow the mask; negative shrinks it")
-    pixels.add_argument("--mask_blur", type=float, metavar="0..0.01", help="Gaussian, fraction of the smaller side")
+    pixels.add_argument("--mask_blur", type=float, metavar="0..0.05", help="Gaussian, fraction of the smaller side")
     pixels.add_argument(
         "--mask_blur_random", action=switch, default=None, help="draw each item's blur between 0 and --mask_blur"
     )

@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from masked_loss_triton.files.locks import folder_lock
     from masked_loss_triton.files.progress import Progress, printable
     from masked_loss_triton.masks.labels import parse_weights
+    from masked_loss_triton.masks.listing import list_pictures
     from masked_loss_triton.masks.reading import unread_text
-    from masked_loss_triton.masks.to_alpha import Conversion, convert_folder, find_pictures
+    from masked_loss_triton.masks.to_alpha import Conversion, Converted, convert_folder
 
     try:
         weights = parse_weights(" ".join(args.mask_weights or ()))
@@ -51,16 +52,17 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         weights=weights,
     )
-    files, converted, unread = find_pictures(conversion)
+    listing = list_pictures(conversion.images, (conversion.masks, conversion.out))
+    converted = [Converted(file, "problem", message) for file, message in listing.problems.items()]
     for folder in conversion.written_folders:
         check_folder_is_writable(folder, "--output" if folder == conversion.out else "--masks")
     with (
         folder_lock(conversion.written_folders, "masked-loss to-alpha"),
-        Progress("to-alpha", len(files)) as progress,
+        Progress("to-alpha", len(listing.files)) as progress,
     ):
         for folder in conversion.written_folders:
             remove_leftovers_below(folder)
-        for one in convert_folder(conversion, files):
+        for one in convert_folder(conversion, listing.files):
             converted.append(one)
             progress.advance()
         problems = sorted(one.message for one in converted if one.status == "problem")
@@ -73,6 +75,6 @@ def run(args: argparse.Namespace) -> int:
             f"{len(converted) - len(problems) - present} pictures written to {args.output}{there}, {len(problems)} problems"
         )
     )
-    if unread:
-        print(f"Skipped: {unread_text(unread)}")
+    if listing.unread:
+        print(f"Skipped: {unread_text(listing.unread)}")
     return 1 if problems else 0

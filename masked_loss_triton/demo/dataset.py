@@ -26,6 +26,7 @@ from masked_loss_triton.generate.batches import Generation, generate_masks
 from masked_loss_triton.generate.choice import choose_backend
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.prompts import MaskRequest, Prompt
+from masked_loss_triton.generate.saliency import INSTALL
 from masked_loss_triton.masks.geometry import resize_to_bucket
 from masked_loss_triton.masks.reading import read_picture
 
@@ -45,6 +46,8 @@ def make_dataset(photos: Sequence[Photo], folder: Path, side: int, warn: Warn) -
     """
     for name in (PHOTOS, MASKS, CACHES):
         (folder / name).mkdir()
+    if any(photo.mask is None for photo in photos) and choose_backend(False, {})[0] == "grabcut":
+        warn(f"the masks are GrabCut's: u2netp.onnx is not on this machine. Better ones: {INSTALL} (4.6 MB)")
     for photo in photos:
         file = write_photo(photo, folder / PHOTOS)
         share = float(photo.mask.mean()) / 255 if photo.mask is not None else generate_mask(file, folder / MASKS, photo)

@@ -36,19 +36,18 @@ def caption_of(picture: Path, extension: str) -> Path:
     return picture.with_name(f"{picture.stem}.{extension.lstrip('.')}")
 
 
-def copy_of_caption(caption: Path, folder: Path, remedy: str, replace: bool = False) -> CaptionCopy | None:
+def copy_of_caption(caption: Path, target: Path, remedy: str, replace: bool = False) -> CaptionCopy | None:
     """What is to be copied; None where the same text is there already.
 
     Args:
         caption: the file.
-        folder: where to.
+        target: the copy.
         remedy: what to do about another text there, as the end of the error.
         replace: write over another text.
 
     Raises:
         UserError: for another text in its place; nothing is written yet.
     """
-    target = folder / caption.name
     if target.exists() and not replace:
         try:
             same = target.read_bytes() == caption.read_bytes()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from masked_loss_triton.errors import UserError
+from masked_loss_triton.masks.operations import MAX_BLUR
 
 SELECTIONS = ("all", "largest", "nearest")
 MAX_PADDING = 1024  # pixels
-MAX_BLUR = 0.05  # of the smaller side
 NUMBERS = {
     "min_score": (0, 1),
     "min_mask_score": (0, 1),

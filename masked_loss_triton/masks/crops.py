@@ -42,7 +42,7 @@ def _covered(length: int, first: float, last: float) -> np.ndarray:
     return np.diff(edges)
 
 
-def crop_around(mask: np.ndarray, buckets: Sequence[Size], margin: float) -> tuple[Box, Size]:
+def crop_around(mask: np.ndarray, buckets: Sequence[Size], margin: float, enlarge: bool = False) -> tuple[Box, Size]:
     """Chooses the smallest crop that has the whole mask in it and the shape of a bucket.
 
     It is not smaller than its bucket where the picture is large enough, so that nothing is enlarged without need. Where the
@@ -52,6 +52,7 @@ def crop_around(mask: np.ndarray, buckets: Sequence[Size], margin: float) -> tup
         mask: (H, W) uint8, not black.
         buckets: of the trainer.
         margin: around the mask, of its longer side; less where the picture ends.
+        enlarge: let it be smaller than its bucket: who asks for a face wants to see it close.
 
     Returns:
         The crop in pixels of the picture, and its bucket.
@@ -67,7 +68,7 @@ def crop_around(mask: np.ndarray, buckets: Sequence[Size], margin: float) -> tup
         """The width and height of the crop for a bucket."""
         aspect = bucket[0] / bucket[1]
         across = max(right - left, (bottom - top) * aspect)
-        roomy = min(float(bucket[0]), width, height * aspect)
+        roomy = 0.0 if enlarge else min(float(bucket[0]), width, height * aspect)
         across = max(across, roomy)
         return across, across / aspect
 

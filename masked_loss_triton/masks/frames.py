@@ -201,15 +201,26 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     return values if values.dtype == np.uint8 else np.rint(to_float(values) * np.float32(255)).astype(np.uint8)
 
 
+def animation_frames(path: Path) -> int:
+    """The frames of an animated picture, of which the first is read; 1 for any other. Reads no pixels.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    if path.suffix.lower() not in (".gif", ".webp", ".png", ".avif"):
+        return 1
+    with open_image(path) as image:
+        return int(getattr(image, "n_frames", 1))
+
+
 def refuse_animation(path: Path) -> None:
     """Refuses an animated picture as the still mask of a clip.
 
     Raises:
         UserError: naming the file, of which only the first frame would count.
     """
-    with open_image(path) as image:
-        frames = getattr(image, "n_frames", 1)
-    if frames > 1 and path.suffix.lower() in (".gif", ".webp", ".png", ".avif"):
+    frames = animation_frames(path)
+    if frames > 1:
         raise UserError(f"{path} is an animation of {frames} frames: give a folder of pictures or a video instead")
 
 

@@ -12,7 +12,7 @@ import hashlib
 
 import numpy as np
 
-MAX_BLUR = 0.01
+MAX_BLUR = 0.05  # of the smaller side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class MaskOperations:
 
     Args:
         mask_dilate: grow the mask by so many pixels of the picture, in every direction; negative shrinks it.
-        mask_blur: Gaussian blur; its standard deviation as a fraction, 0 to 0.01, of the picture's smaller side.
+        mask_blur: Gaussian blur; its standard deviation as a fraction, 0 to 0.05, of the picture's smaller side.
         mask_blur_random: draw the fraction of each item between 0 and `mask_blur`, from the seed and the item's name.
         mask_seed: seed of that draw.
         mask_time: "mean" or "max" over the frames of one latent frame.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from PIL import Image
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import NO_FILE, replace_file
 from masked_loss_triton.files.captions import CaptionCopy, caption_of, check_extension, copy_of_caption
-from masked_loss_triton.files.folders import walk_files
 from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
-from masked_loss_triton.masks.frames import MASK_EXTENSIONS, to_uint8
+from masked_loss_triton.masks.frames import to_uint8
 from masked_loss_triton.masks.labels import UNLABELLED, complete_weights, split
-from masked_loss_triton.masks.reading import UNREAD_EXTENSIONS, has_16_bits, open_image, read_mask_file, read_picture
+from masked_loss_triton.masks.listing import check_three_folders, list_pictures
+from masked_loss_triton.masks.reading import has_16_bits, open_image, read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, mask_directories
 
 NOTE = "to_alpha"
@@ -59,8 +58,7 @@ class Conversion:
     def __post_init__(self) -> None:
         if not self.images.is_dir():
             raise UserError(f"--images {self.images} is not a folder", 2)
-        if len({folder.resolve() for folder in (self.images, self.masks, self.out)}) < 3:
-            raise UserError("--images, --masks and --output must be three folders", 2)
+        check_three_folders(self.images, self.masks, self.out)
         if not self.split and not self.masks.is_dir():
             raise UserError(f"--masks {self.masks} is not a folder", 2)
         if self.split and self.weights:
@@ -90,43 +88,20 @@ class Converted:
     message: str = ""
 
 
-def find_pictures(conversion: Conversion) -> tuple[list[Path], list[Converted], Counter[str]]:
-    """Lists the pictures of a conversion, those whose stem another one has, and how many files of each kind are not read.
-
-    Raises:
-        UserError: when there are none.
-    """
-    first: dict[Path, Path] = {}
-    same: list[Converted] = []
-    unread: Counter[str] = Counter()
-    leave_out = {folder.resolve() for folder in (conversion.masks, conversion.out)}
-    for file in walk_files(conversion.images, leave_out):
-        kind = file.suffix.lower()
-        if kind in UNREAD_EXTENSIONS:
-            unread[kind] += 1
-        if kind not in MASK_EXTENSIONS:
-            continue
-        other = first.setdefault(file.parent / file.stem, file)
-        if other is not file:
-            same.append(Converted(file, "problem", f"{file} has the same stem as {other.name}: rename one of them"))
-    if not first:
-        raise UserError(f"--images {conversion.images} has no pictures in it", 2)
-    return list(first.values()), same, unread
-
-
 def convert_folder(conversion: Conversion, files: list[Path] | None = None) -> Iterator[Converted]:
     """Converts pictures in a few threads; yields what became of each, as they are done.
 
     Args:
         conversion: folders and flags.
-        files: of `find_pictures`; None takes all, and also yields those that share a stem.
+        files: of `list_pictures`; None takes all, and also yields those that share a stem.
 
     Raises:
         UserError: when there are none. What is wrong with a single picture is a `Converted` of it.
     """
     if files is None:
-        files, same, _ = find_pictures(conversion)
-        yield from same
+        listing = list_pictures(conversion.images, (conversion.masks, conversion.out))
+        files = listing.files
+        yield from (Converted(file, "problem", message) for file, message in listing.problems.items())
     directories = {} if conversion.split else mask_directories(files, conversion.images, conversion.masks)
     for label in conversion.weights:
         stems = (stem for directory in directories.values() for stem in directory.stills)
@@ -143,7 +118,7 @@ def _convert(file: Path, conversion: Conversion, directories: dict[Path, MaskDir
     except UserError as error:
         return Converted(file, "problem", str(error))
     except OSError as error:
-        return Converted(file, "problem", f"{file}: {error.strerror or error}")
+        return Converted(file, "problem", f"{error.filename or file}: {error.strerror or error}")
     return Converted(file, "written" if changed else "present")
 
 
@@ -259,7 +234,7 @@ def _caption(file: Path, conversion: Conversion, folder: Path) -> CaptionCopy | 
     caption = caption_of(file, conversion.captions)
     if not caption.is_file():
         raise UserError(f"{file} has no caption {caption.name}: add it, or leave out --captions")
-    return copy_of_caption(caption, folder, OVERWRITE, conversion.force)
+    return copy_of_caption(caption, folder / caption.name, OVERWRITE, conversion.force)
 
 
 def _copy(caption: CaptionCopy | None) -> bool:

@@ -98,7 +98,7 @@ def test_usage_errors(lab, capsys):
         ((), "nothing says where the masks are"),
         (("--masks", lab.folder / "no"), "cannot be read"),
         (("--masks", lab.images), "itself, so that pictures would be masks"),
-        (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.01"),
+        (("--alpha_mask", "--mask_blur", "0.5"), "mask_blur must be a number between 0 and 0.05"),
         (("--alpha_mask", "--remove", "--encode"), "--encode"),
     ):
         assert lab.run("cache", *flags) == 2

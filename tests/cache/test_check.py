@@ -111,6 +111,31 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
     assert "broken.png  is not a picture in a known format" in table
 
 
+def test_a_mask_that_can_no_longer_be_read_is_unreadable_and_not_outdated(lab, capsys):
+    """Caching again would not help."""
+    for stem in "ab":
+        lab.picture(stem, mask=disc((160, 120)))
+        lab.add_cache(stem)
+    assert lab.run("cache", "--masks", lab.masks) == 0
+    capsys.readouterr()
+    (lab.masks / "a.png").write_bytes((lab.masks / "a.png").read_bytes()[:80])
+    Image.fromarray(disc((160, 120), radius=0.1)).save(lab.masks / "b.png")
+    assert problems(lab, capsys) == {("unreadable", "a.png"), ("outdated", "b_0160x0120_wan.safetensors")}
+
+
+def test_a_clip_mask_that_can_no_longer_be_read_is_unreadable_and_not_outdated(tmp_path, capsys):
+    frames = frames_of(9)
+    lab = video_lab(tmp_path, frames)
+    (lab.masks / "clip").mkdir()
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame).save(lab.masks / "clip" / f"{t}.png")
+    lab.add_cache("clip_00000-009", (128, 128), frames=3)
+    assert lab.run("cache", "--masks", lab.masks) == 0
+    capsys.readouterr()
+    (lab.masks / "clip" / "0.png").write_bytes(b"x")
+    assert {kind for kind, _ in problems(lab, capsys)} == {"unreadable"}
+
+
 def test_frames_of_clips(tmp_path, capsys):
     frames = frames_of(9)
     lab = video_lab(tmp_path, frames)

@@ -80,7 +80,7 @@ def test_json_is_read_too(tmp_path):
         (f"[[datasets]]\n{IMAGES}mask_directory = 3\n", "mask_directory must be text"),
         (f"[[datasets]]\n{IMAGES}mask_directory = 'pictures'\n", "is the folder pictures itself"),
         (f"[[datasets]]\n{IMAGES}mask_dilate = 0.5\n", "mask_dilate must be a whole number"),
-        (f"[[datasets]]\n{IMAGES}mask_blur = 2\n", "mask_blur must be a number between 0 and 0.01"),
+        (f"[[datasets]]\n{IMAGES}mask_blur = 2\n", "mask_blur must be a number between 0 and 0.05"),
         (f"[[datasets]]\n{IMAGES}default_mask = 'no.png'\n", "default_mask no.png is not a file"),
         (f"[[datasets]]\n{IMAGES}[[datasets]]\n{IMAGES}", "two datasets share a cache_directory"),
         *(

@@ -54,6 +54,16 @@ def test_colours_under_transparent_pixels_are_kept(tmp_path):
         assert np.asarray(image)[..., :3].min() == 200
 
 
+def test_masks_of_grabcut_are_called_so(tmp_path, warnings, monkeypatch):
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # the package with the weights is not there
+    rgb = np.full((120, 160, 3), (40, 90, 160), np.uint8)
+    rgb[30:90, 50:110] = (220, 120, 30)
+    make_dataset([Photo("own", rgb, None)], tmp_path, 64, warnings.append)
+    (said,) = warnings
+    assert said.startswith("the masks are GrabCut's: u2netp.onnx is not on this machine")
+
+
 def test_a_photograph_without_a_mask_gets_one_by_generate(tmp_path, warnings):
     """In the middle of the picture, where nobody said where the subject is."""
     rgb = np.full((120, 160, 3), (40, 90, 160), np.uint8)
