@@ -178,9 +178,8 @@ def seconds(
     for start, end in zip(starts, ends, strict=True):
         prepare()
         flush.zero_()
-        torch.cuda._sleep(
-            2_000_000
-        )  # a millisecond of the device, in which the host queues the work: no gaps are measured
+        # A millisecond of the device, in which the host queues the work: no gaps are measured.
+        torch.cuda._sleep(2_000_000)
         start.record()
         work(*arguments)
         end.record()
