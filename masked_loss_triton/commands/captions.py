@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from masked_loss_triton.files.folders import check_folder_is_writable
     from masked_loss_triton.files.locks import folder_lock
     from masked_loss_triton.files.progress import Progress, printable
-    from masked_loss_triton.masks.to_alpha import Conversion, find_pictures
+    from masked_loss_triton.masks.listing import list_pictures
+    from masked_loss_triton.masks.reading import unread_text
     from masked_loss_triton.masks.variants import Variation, vary_folder
 
     places = args.places
@@ -60,17 +61,14 @@ def run(args: argparse.Namespace) -> int:
         caption=args.caption,
         captions=args.captions,
     )
-    nowhere = variation.output / "masks"
-    files, same, _ = find_pictures(
-        Conversion(images=variation.images, masks=variation.masks or nowhere, out=variation.output, split=True)
-    )
+    listing = list_pictures(variation.images, [folder for folder in (variation.masks, variation.output) if folder])
     check_folder_is_writable(variation.output, "--output")
     done = []
-    with folder_lock(variation.output, "masked-loss captions"), Progress("captions", len(files)) as progress:
-        for one in vary_folder(variation, files):
+    with folder_lock(variation.output, "masked-loss captions"), Progress("captions", len(listing.files)) as progress:
+        for one in vary_folder(variation, listing.files):
             done.append(one)
             progress.advance()
-        problems = sorted([one.message for one in same] + [one.message for one in done if one.status == "problem"])
+        problems = sorted([*listing.problems.values(), *(one.message for one in done if one.status == "problem")])
         for message in problems:
             progress.say(f"masked-loss captions: {message}")
     counts = {status: sum(one.status == status for one in done) for status in ("written", "present")}
@@ -80,4 +78,6 @@ def run(args: argparse.Namespace) -> int:
     example = next((one.example for one in done if one.example), "")
     if example:
         print(printable(f"for example: {example}"))
+    if listing.unread:
+        print(f"Skipped: {unread_text(listing.unread)}")
     return 1 if problems else 0

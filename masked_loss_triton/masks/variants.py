@@ -20,6 +20,7 @@ from typing import BinaryIO
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import NO_FILE, replace_file
 from masked_loss_triton.files.captions import caption_of, check_extension
+from masked_loss_triton.masks.listing import check_three_folders
 from masked_loss_triton.masks.sources import MaskDirectory, mask_directories
 
 PLACE = "{place}"
@@ -56,6 +57,7 @@ class Variation:
             folder = getattr(self, flag)
             if folder is not None and not folder.is_dir():
                 raise UserError(f"--{flag} {folder} is not a folder", 2)
+        check_three_folders(self.images, self.masks or self.output / "masks", self.output)
         places = [" ".join(place.split()) for place in self.places]
         if len(places) < 2 or "" in places:
             raise UserError(f"--places must be two places or more, none of them empty, got {len(places)}", 2)
