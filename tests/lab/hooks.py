@@ -198,3 +198,18 @@ def perceptual_term() -> None:
         return (torch.nn.functional.avg_pool2d(pred - target, 4) ** 2).mean()
 
     HiDreamO1NetworkTrainer._get_dino_loss_fn = lambda self, args, device: distance
+
+
+def words_without_t5() -> None:
+    """The prompts of samples, without the weights of T5: random tensors of its shape."""
+    import musubi_tuner.wan_train_network as wan
+    import torch
+
+    class Encoder:
+        def __init__(self, **_):
+            pass
+
+        def __call__(self, texts, device):
+            return [torch.randn(7, 4096, generator=torch.Generator().manual_seed(len(text))) for text in texts]
+
+    wan.T5EncoderModel = Encoder

@@ -113,6 +113,38 @@ def test_resumed_keeps_the_same_tokens_and_the_log_counts_them(laboratory, tmp_p
     )  # both blocks: by the tokens, and by their square
 
 
+def test_samples_of_a_routed_run_are_drawn_with_every_token(laboratory, tmp_path):
+    """The trainer draws pictures before the first step and after every one, by its own sampler and VAE: each pass computes all of
+    their 8 x 8 tokens, and training goes on as in a run that draws none."""
+    root = laboratory.cache("wan", "masks", ("img0",))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a mug --w 128 --h 128 --f 1 --s 2 --d 5\n")
+    draws = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_steps", "1"]
+    draws += ["--vae", str(laboratory.fixture / "weights" / "wan_vae_fp32.safetensors")]
+    seen = tmp_path / "seen"
+    given = {
+        "steps": 2,
+        "batch_size": 1,
+        "name": "drawn",
+        "hooks": ("fixed_noise", "watch_routing", "words_without_t5"),
+    }
+    run = laboratory.train("wan", root, *HALF, BLOCKS["wan"], *draws, LAB_OBSERVE=str(seen), **given)
+    steps = [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
+    assert len(steps) == 2, run.output[-3000:]
+    for step in steps:
+        assert step["passes"][-1][1] == len(step["kept"][0])
+    *drawn, _ = steps[1]["passes"]  # passes are counted from the first step on
+    assert len(drawn) >= 2
+    assert all(count == 64 for _, count in drawn)
+    pictures = list((run.lora_file.parent / "sample").iterdir())  # at the ends of steps, and of epochs
+    assert len(pictures) >= 3, pictures
+    without = laboratory.train(
+        "wan", root, *HALF, BLOCKS["wan"], **{**given, "hooks": ("fixed_noise",), "name": "plain"}
+    )
+    assert run.losses == without.losses
+    assert run.lora == without.lora
+
+
 def test_cross_attention_gated_by_a_white_mask_is_the_ungated_run(laboratory):
     white, masks = (laboratory.cache("wan", name) for name in ("masks_white", "masks"))
     gated = ["--use_mask_loss", "--mask_cross_attention"]
