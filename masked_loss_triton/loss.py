@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 Target = torch.Tensor | FlowTarget
 LossAndStats = tuple[torch.Tensor, MaskedLossStats]
 _DEFAULT = MaskedLossConfig()
-_FUSED = ("auto", "triton")
 
 
 def _checked(config: Any) -> MaskedLossConfig:
@@ -146,11 +145,13 @@ def masked_loss(
     """
     config = _checked(config)
     recording = None
+    # "auto" launches nothing on a CPU.
+    launches = backend == "triton" or (backend == "auto" and getattr(pred, "is_cuda", False))
     number = prior_weight if type(prior_weight) is float else None
     weights: Any = None if number is not None else prior_weight  # of samples, or what `describe` will have to look at
     # A sequence in the config becomes a tensor that nobody gave.
     plain = prior_weight is not None or type(config.prior_weight) is float
-    if normalizer is process_group is patches is None and plain and backend in _FUSED:
+    if launches and plain and normalizer is process_group is patches is None:
         sign = 1
         targets: tuple[Any, Any] = (target, None)
         if type(target) is FlowTarget:

@@ -119,8 +119,10 @@ def refuse_lost_derivatives(inputs: LossInputs) -> None:
     """
     if torch.is_grad_enabled():
         values: list[tuple[str, Any]] = list(zip(TENSORS[1:], inputs.tensors[1:], strict=True))
-        for name, value in values + [("normalizer", number) for number in inputs.normalizer or ()]:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+        if inputs.normalizer is not None:
+            values += [("normalizer", number) for number in inputs.normalizer if isinstance(number, torch.Tensor)]
+        for name, value in values:
+            if value is not None and value.requires_grad:
                 raise ValueError(
                     f"{name} requires grad, but this backend differentiates with respect to pred only: "
                     f"detach {name}, or use backend='reference'"
