@@ -138,7 +138,9 @@ class Sam3Engine(WholeEngine):
             for out in model.propagate_in_video_iterator(session):
                 result = processor.postprocess_outputs(session, out)
                 answers = (result["object_ids"].tolist(), result["masks"], result["boxes"], result["scores"])
-                things = {number: _instance(*parts, size) for number, *parts in zip(*answers, strict=True)}
+                things = {
+                    number: _instance(mask, box, score, size) for number, mask, box, score in zip(*answers, strict=True)
+                }
                 tracks.append(
                     {
                         words: {number: Packed(things[number]) for number in numbers}
