@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from masked_loss_triton.generate.summary import Summary
 
 HELP = (
-    "Make a mask for every picture and clip: of what words say (Florence-2 and SAM 2), or of what stands out (U2-Net)."
+    "Make a mask for every picture and clip: of what words say (Florence-2 and SAM 2, or SAM 3), or of what stands out "
+    "(U2-Net)."
 )
 EXAMPLE = (
     "masked-loss generate --images photos --masks masks\n"
@@ -31,7 +32,14 @@ GENERATION = ("device", "dtype", "batch_size", "key_interval", "no_detection", "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from masked_loss_triton.commands.arguments import add_workers_argument
     from masked_loss_triton.commands.farm import add_engine_arguments, add_shard_argument
-    from masked_loss_triton.generate.backends import DEFAULT, DETECTORS, SEGMENTERS, WORDLESS, add_backend_arguments
+    from masked_loss_triton.generate.backends import (
+        BY_WORDS,
+        DEFAULT,
+        DETECTORS,
+        SEGMENTERS,
+        WORDLESS,
+        add_backend_arguments,
+    )
 
     parser.add_argument("--images", required=True, metavar="DIR", help="pictures and clips; sub-folders are mirrored")
     parser.add_argument(
@@ -41,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default=DEFAULT,
         metavar="NAME",
-        help=f"DETECTOR+SEGMENTER of {', '.join(DETECTORS)} and {', '.join(SEGMENTERS)}; u2net is both, grabcut is "
-        f"box+grabcut; {' and '.join(WORDLESS)} read no words (default: florence2+sam2 with words, u2net without)",
+        help=f"DETECTOR+SEGMENTER of {', '.join(DETECTORS)} and {', '.join(SEGMENTERS)}, or {' or '.join(BY_WORDS)}; u2net is "
+        f"both, grabcut is box+grabcut; {' and '.join(WORDLESS)} read no words (default: florence2+sam2 with words, or sam3 "
+        "where only that is there; u2net without)",
     )
     _add_what(parser.add_argument_group("what is found"))
     _add_pixels(parser.add_argument_group("what is done to the mask, in this order"))
@@ -112,7 +121,9 @@ def _add_what(what: Any) -> None:
         metavar=("L", "T", "R", "B"),
         help="fractions of the picture: what --select nearest is nearest to, and what the detector box finds",
     )
-    what.add_argument("--min_score", type=float, default=0.0, metavar="0..1", help="of the detector, for an instance")
+    what.add_argument(
+        "--min_score", type=float, default=0.0, metavar="0..1", help="of the detector, for an instance (sam3: 0.5)"
+    )
     what.add_argument("--min_mask_score", type=float, default=0.0, metavar="0..1", help="of the segmenter")
     what.add_argument("--min_size", type=float, default=0.0, metavar="0..1", help="share of the picture's area")
     what.add_argument(
@@ -283,7 +294,7 @@ def _request(args: argparse.Namespace, backend: str) -> MaskRequest:
             flag = "--text_prompt" if texts else "--exclude_prompt"
             raise UserError(
                 f"--backend {backend} reads no words, it masks {WORDLESS[detector]}: leave out {flag}, or take a backend that "
-                "reads them (florence2+sam2, florence2+u2net)",
+                "reads them (florence2+sam2, florence2+u2net, sam3)",
                 2,
             )
         texts = [WORDLESS[detector]]

@@ -33,6 +33,8 @@ WHOLE = {
     "static": "masked_loss_triton.generate.static",
     "whole": "masked_loss_triton.generate.whole",
 }
+# Both in one, by words; `load` returns an engine.
+BY_WORDS = {"sam3": "masked_loss_triton.generate.sam3"}
 ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
 DEFAULT = "auto"
 # Detectors that read no words, and what their one layer is called.
@@ -93,8 +95,8 @@ class Segmenter(Protocol):
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all detectors and segmenters, a group for each."""
-    tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": WHOLE}
-    for name, module in {**DETECTORS, **SEGMENTERS, **WHOLE}.items():
+    tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": {**BY_WORDS, **WHOLE}}
+    for name, module in {**DETECTORS, **SEGMENTERS, **BY_WORDS, **WHOLE}.items():
         kinds = [kind for kind, table in tables.items() if name in table]
         importlib.import_module(module).add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
 
@@ -105,13 +107,13 @@ def split_backend(backend: str) -> tuple[str, str]:
     Raises:
         UserError: for a backend that does not exist.
     """
-    if backend in WHOLE:
+    if backend in WHOLE or backend in BY_WORDS:
         return backend, backend
     detector, _, segmenter = ALIASES.get(backend, backend).partition("+")
     if detector not in DETECTORS or segmenter not in SEGMENTERS:
         raise UserError(
             f"--backend {backend}: write DETECTOR+SEGMENTER with a detector of {', '.join(DETECTORS)} and a segmenter of "
-            f"{', '.join(SEGMENTERS)}, or {', '.join((*ALIASES, *WHOLE))}",
+            f"{', '.join(SEGMENTERS)}, or {', '.join((*ALIASES, *BY_WORDS, *WHOLE))}",
             2,
         )
     return detector, segmenter
@@ -153,14 +155,16 @@ def load_backend(
     return loaded[0], loaded[1]
 
 
-def load_whole(backend: str, request: MaskRequest, models: Mapping[str, Any]) -> Any:
-    """Loads the engine of a backend of `WHOLE`.
+def load_whole(
+    backend: str, request: MaskRequest, models: Mapping[str, Any], *, device: str = "auto", dtype: str = "auto"
+) -> Any:
+    """Loads the engine of a backend of `WHOLE` or `BY_WORDS`.
 
     Raises:
-        UserError: for what is missing beside the pictures.
+        UserError: for what is missing beside the pictures, and for weights that are absent.
     """
     (module,) = _modules(backend)
-    return module.load(request, **flags_of(module, models))
+    return module.load(request, device=device, dtype=dtype, **flags_of(module, models))
 
 
 def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +175,8 @@ def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _modules(backend: str) -> list[Any]:
-    if backend in WHOLE:
-        return [importlib.import_module(WHOLE[backend])]
+    for table in (WHOLE, BY_WORDS):
+        if backend in table:
+            return [importlib.import_module(table[backend])]
     detector, segmenter = split_backend(backend)
     return [importlib.import_module(module) for module in (DETECTORS[detector], SEGMENTERS[segmenter])]

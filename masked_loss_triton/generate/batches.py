@@ -20,7 +20,7 @@ import numpy as np
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.notes import read_png_note
 from masked_loss_triton.files.parallel import run_parallel
-from masked_loss_triton.generate.backends import WHOLE, load_backend, load_whole
+from masked_loss_triton.generate.backends import BY_WORDS, WHOLE, load_backend, load_whole
 from masked_loss_triton.generate.engine import Engine, FrameMask, WholeEngine
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import (
@@ -36,11 +36,12 @@ from masked_loss_triton.generate.mask_files import (
 from masked_loss_triton.generate.prompts import MaskRequest
 from masked_loss_triton.generate.quality import marks_of_clip, picture_marks
 from masked_loss_triton.generate.saliency import Saliency, find_saliency
-from masked_loss_triton.masks.frames import frame_rate, read_clip, read_frames, to_uint8
+from masked_loss_triton.masks.frames import animation_frames, frame_rate, read_clip, read_frames, to_uint8
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 from masked_loss_triton.masks.sources import exif_orientation
 
 FALLBACKS = {"none": None, "black": 0, "white": 255}
+ANIMATION = "it is an animation: only its first frame is masked, and trained"
 COPIES = ".replaced-masks"  # in the folder of the masks; hidden folders are read as masks by no command
 
 
@@ -131,8 +132,8 @@ class Generation:
         Raises:
             UserError: for weights that are absent.
         """
-        if self.backend in WHOLE:
-            whole = load_whole(self.backend, self.request, self.models)
+        if self.backend in WHOLE or self.backend in BY_WORDS:
+            whole = load_whole(self.backend, self.request, self.models, device=self.device, dtype=self.dtype)
             return Worker(whole, self, find_saliency(self.models) if self.compare else None)
         detector, segmenter = load_backend(
             self.backend,
@@ -266,6 +267,8 @@ class Worker:
 
     def _write(self, job: Job, picture: np.ndarray, result: FrameMask) -> Done:
         mask, note, status, marks = result.mask, self._note_of(result), "written", self._marks(picture, result)
+        if animation_frames(job.source) > 1:
+            marks.append(ANIMATION)
         if not result.found_any(self.engine.request):
             status = "nothing"
             if self.fallback is None:
@@ -279,7 +282,7 @@ class Worker:
         return Done(job, status, "", float(mask.mean()) / 255, result.detected, tuple(marks))
 
     def _marks(self, picture: np.ndarray, result: FrameMask) -> list[str]:
-        if isinstance(self.engine, WholeEngine):  # what it covers, and along what, says nothing
+        if not self.engine.judged:  # what it covers, and along what, says nothing
             return []
         instances = [one for found in result.found.values() for one in found]
         given = [one.box for one in instances if one.score is None]

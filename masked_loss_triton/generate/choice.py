@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.generate import florence2, saliency, sam2
+from masked_loss_triton.generate import florence2, saliency, sam2, sam3
 
 
 def choose_backend(has_words: bool, models: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what "auto" is, and one line that says why, and what would be better where it is not the best.
 
-    Words need Florence-2; what it finds is cut out by SAM 2, or by U2-Net where SAM 2 is absent. Without words what stands out
+    Words need Florence-2; what it finds is cut out by SAM 2, or by U2-Net where SAM 2 is absent. SAM 3 is taken where it is named,
+    or there and Florence-2 is not. Without words what stands out
     is found and cut out by U2-Net, or, where its weights are absent, GrabCut cuts out a central box.
 
     Args:
@@ -30,7 +31,10 @@ def choose_backend(has_words: bool, models: Mapping[str, Any]) -> tuple[str, str
         has_saliency = False
     if has_words:
         sam = models.get("sam2_model") or sam2.MODEL
-        if is_here(sam) or not is_here(models.get("florence2_model") or florence2.MODEL):
+        has_florence, newest = is_here(models.get("florence2_model") or florence2.MODEL), models.get("sam3_model")
+        if newest not in (None, sam3.MODEL) or (not has_florence and is_here(sam3.MODEL)):
+            return "sam3", ""
+        if is_here(sam) or not has_florence:
             return "florence2+sam2", ""  # or the error that tells what is missing
         if has_saliency:
             return (

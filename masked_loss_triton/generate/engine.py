@@ -70,6 +70,7 @@ class Engine:
         return results
 
     nothing = ""
+    judged = True
 
     @property
     def workers(self) -> int:
@@ -137,6 +138,7 @@ class WholeEngine:
     """Finds and cuts out in one, from a picture and files that belong to it; takes the place of an `Engine`."""
 
     workers = 2
+    judged = False  # whether its masks are looked at for what is odd about them
     nothing = ""  # why nothing was found, where there is one reason
 
     def __init__(self, request: MaskRequest) -> None:

@@ -36,6 +36,10 @@ def load_pretrained(
             are those of another model.
     """
     transformers = _transformers()
+    if not hasattr(transformers, model_class):
+        raise UserError(
+            f"{flag}: transformers {transformers.__version__} has no {model_class}: pip install -U transformers", 2
+        )
     device = choose_device(device_name)
     try:
         config, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=True)
@@ -92,12 +96,12 @@ def _transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise UserError(f"Florence-2 and SAM 2 need transformers: {wanted}", 2) from error
+        raise UserError(f"Florence-2, SAM 2 and SAM 3 need transformers: {wanted}", 2) from error
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM:
         needed = ".".join(map(str, MINIMUM))
         raise UserError(
-            f"Florence-2 and SAM 2 need transformers {needed}, this is {transformers.__version__}: {wanted}", 2
+            f"Florence-2, SAM 2 and SAM 3 need transformers {needed}, this is {transformers.__version__}: {wanted}", 2
         )
     # Its warnings speak to programmers: that a video checkpoint is loaded for pictures, for one.
     transformers.logging.set_verbosity_error()

@@ -225,6 +225,18 @@ def test_names_may_be_as_long_as_the_file_system_takes(folder):
         assert len(contents(folder / "out")) == 4
 
 
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_of_an_animation_the_first_frame_is_masked_and_it_says_so(folder, capsys, kind):
+    frames = [Image.fromarray(subject(seed)[0]) for seed in range(3)]
+    frames[0].save(folder / "in" / f"moving.{kind}", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(folder / "in" / f"still.{'bmp' if kind == 'gif' else kind}")
+    assert generate(folder) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "it is an animation: only its first frame is masked" in line]
+    assert f"moving.{kind}" in line
+    assert generate(folder, "--strict") == 1, "a run that finds it there says it again"
+
+
 def test_pictures_of_kinds_that_are_not_read_are_counted(folder, capsys):
     for name in ("a.HEIC", "b.heic", "c.dng", "d.txt"):
         (folder / "in" / name).write_bytes(b"x")

@@ -24,6 +24,26 @@ SPECIAL += [
 PARSERS = ["ocr", "phrase_grounding", "pure_text", "description_with_bboxes", "description_with_polygons", "polygons"]
 PARSERS += ["bboxes", "description_with_bboxes_or_polygons"]
 
+TRAINED_SAM2 = Path(__file__).parent / "trained_sam2.safetensors"
+
+
+def save_weights(model, file: Path) -> None:
+    """Writes the weights of a tiny model in half precision."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, file)
+
+
+def trained_sam2(folder: Path) -> Path:
+    """A SAM 2 that was trained on shapes, see `train_sam2.py`."""
+    from safetensors.torch import load_file
+    from transformers import Sam2VideoModel
+
+    model = Sam2VideoModel.from_pretrained(sam2(folder, single=True))
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(TRAINED_SAM2).items()})
+    model.save_pretrained(folder)
+    return folder
+
 
 def tokenizer(folder: Path):
     """A BART tokenizer whose words are bytes, with Florence-2's location tokens and marks."""
@@ -105,8 +125,11 @@ def learn(model, processor, lessons, steps: int) -> None:
     assert loss.item() < 0.02, f"the tiny model has not learned its lessons: {loss.item()}"
 
 
-def sam2(folder: Path) -> Path:
-    """A SAM 2 of 64 x 64 pixels. Saved as the video model, like Meta's repositories, which serve pictures as well."""
+def sam2(folder: Path, single: bool = False) -> Path:
+    """A SAM 2 of 64 x 64 pixels. Saved as the video model, like Meta's repositories, which serve pictures as well.
+
+    With `single` it has one answer to everything, as the trained one was trained, and not three to choose from.
+    """
     import transformers
     from transformers import Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
 
@@ -146,8 +169,14 @@ def sam2(folder: Path) -> Path:
         memory_fuser_embed_dim=128,
         memory_fuser_intermediate_dim=32,
     )
+    if single:
+        config.multimask_output_in_sam = config.mask_decoder_config.dynamic_multimask_via_stability = False
     torch.manual_seed(7)
-    Sam2VideoModel(config).save_pretrained(folder)
+    model = Sam2VideoModel(config)
+    # Real weights have one embedding of places, for prompts and pictures; with two, a box says nothing about where it is.
+    places = model.shared_image_embedding.positional_embedding
+    model.prompt_encoder.shared_embedding.positional_embedding.copy_(places)
+    model.save_pretrained(folder)
     # Until transformers 4 it had this name.
     pixels = getattr(transformers, "Sam2ImageProcessor", None) or transformers.Sam2ImageProcessorFast
     size = {"height": side, "width": side}
