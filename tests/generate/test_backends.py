@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from masked_loss_triton.errors import UserError
-from masked_loss_triton.generate.backends import DETECTORS, SEGMENTERS, WHOLE, add_backend_arguments, load_backend
+from masked_loss_triton.generate.backends import (
+    BY_WORDS,
+    DETECTORS,
+    SEGMENTERS,
+    WHOLE,
+    add_backend_arguments,
+    load_backend,
+)
 from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 from tests.generate.conftest import LEFT, blue_picture, red_picture
 
@@ -28,9 +35,8 @@ def test_every_flag_begins_with_the_name_of_a_module():
     """Else `load_backend` hands it to nobody: the name of its module."""
     parser = argparse.ArgumentParser(add_help=False)
     add_backend_arguments(parser)
-    names = tuple(
-        module.rpartition(".")[2] + "_" for module in (*DETECTORS.values(), *SEGMENTERS.values(), *WHOLE.values())
-    )
+    tables = (DETECTORS, SEGMENTERS, BY_WORDS, WHOLE)
+    names = tuple(module.rpartition(".")[2] + "_" for table in tables for module in table.values())
     assert [flag for flag in vars(parser.parse_args([])) if not flag.startswith(names)] == []
 
 

@@ -1,4 +1,4 @@
-"""SAM 3 through transformers' own classes and from_pretrained: the real code at a tiny size."""
+"""SAM 3 through transformers' own classes and from_pretrained: the real code at a tiny size, and trained on shapes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from masked_loss_triton.generate import choice, sam3
 from masked_loss_triton.generate.choice import choose_backend
 from masked_loss_triton.generate.prompts import MaskRequest, Prompt
 from tests.generate.conftest import blue_picture, red_picture
+from tests.generate.shapes import iou, scene
 from tests.generate.support import write_clip
 
 transformers = pytest.importorskip("transformers")
@@ -30,6 +31,12 @@ BOTH = MaskRequest(prompts=(Prompt("red"), Prompt("blue", 0.5)), min_score=0.01)
 def random_weights(tmp_path_factory):
     """The folder of one with random weights, for pictures and clips."""
     return tiny_sam3.sam3(tmp_path_factory.mktemp("sam3"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of one for pictures that knows the colours of shapes."""
+    return tiny_sam3.trained_sam3(tmp_path_factory.mktemp("trained_sam3"))
 
 
 def load(folder, request=BOTH, **changes):
@@ -139,6 +146,33 @@ def test_the_command_masks_pictures_and_clips_and_goes_on_where_it_was(folder, r
     assert len(list((folder / "out" / "clip").iterdir())) == 5
     assert generate(folder, random_weights, *flags) == 0
     assert "0 masks written" in capsys.readouterr().out
+
+
+def test_things_it_never_saw_are_found_by_their_colour(folder, trained):
+    """Trained on shapes (train_sam3.py): with random weights an IoU means nothing."""
+    rng, truth = np.random.default_rng(2003), {}
+    for number in range(16):
+        picture, things = scene(rng, 128)
+        truth[f"{number}"] = [one for one in things if one.colour in ("red", "blue")]
+        Image.fromarray(picture).save(folder / "in" / f"{number}.png")
+    assert 2 <= sum(not things for things in truth.values()) <= 14, "the test needs both"
+    assert generate(folder, trained, "--text_prompt", "red", "blue=0.5") == 0
+    reached = []
+    for name, things in truth.items():
+        assert (folder / "out" / f"{name}.png").exists() == bool(things), f"{name}: {[one.colour for one in things]}"
+        if not things:
+            continue
+        with Image.open(folder / "out" / f"{name}.png") as made:
+            mask = np.asarray(made)
+        for grey, colour in ((255, "red"), (128, "blue")):
+            wanted = np.zeros((128, 128), bool)
+            for one in things:
+                wanted |= one.mask & (one.colour == colour)
+            if wanted.any():
+                reached.append(iou(mask == grey, wanted))
+            else:
+                assert not (mask == grey).any(), f"{name} has nothing {colour}"
+    assert np.mean(reached) > 0.8, reached
 
 
 @pytest.mark.parametrize(
