@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction
+
+# Said at each launch: Triton 3.9 warns where it is not, and 3.10 will leave it out.
+FUSION = {"enable_fp_fusion": True}
 
 
 class Launch(NamedTuple):
@@ -24,9 +26,8 @@ class Launches:
         self.made: list[Launch] = []
         self.scratch: list[torch.Tensor] = []
 
-    def start(self, kernel: JITFunction, grid: tuple[int, ...], arguments: tuple[object, ...], **options: int) -> None:
-        """Starts a kernel. FP fusion is said aloud: Triton 3.9 warns where it is not, and 3.10 will leave it out."""
-        self.made.append(Launch(kernel[grid](*arguments, enable_fp_fusion=True, **options), grid, arguments))
+    def add(self, kernel: CompiledKernel | None, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
+        self.made.append(Launch(kernel, grid, arguments))
 
     def empty(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory that a kernel writes before another reads it, and whose contents nobody asks for after the call."""

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
-from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.launches import FUSION, Launches
 from masked_loss_triton.kernels.operands import LossLaunch, Operand, Walk, mask_steps, offsets_of, walked
 from masked_loss_triton.kernels.stages import (
     Gates,
@@ -325,5 +325,5 @@ def launch_loss(
         float(call.flow_sign),
         *plan.arguments,
     )
-    launches.start(loss_kernel, plan.grid, arguments, **plan.options)
+    launches.add(loss_kernel[plan.grid](*arguments, **plan.options, **FUSION), plan.grid, arguments)
     return loss, numbers, pred.new_empty(0) if gradient is None else gradient

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import ceil_div
-from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.launches import FUSION, Launches
 from masked_loss_triton.kernels.operands import warps
 
 
@@ -41,4 +41,4 @@ def launch_scale(gradient: torch.Tensor, grad_output: torch.Tensor, launches: La
     """Multiplies the gradient by grad_output in place, one launch. `gradient` is dense, in any order of axes; grad_output 0-d."""
     launch, count = ScaleLaunch(), gradient.numel()
     grid, arguments = (ceil_div(count, launch.block),), (gradient, grad_output, count, launch.block)
-    launches.start(scale_kernel, grid, arguments, num_warps=launch.num_warps)
+    launches.add(scale_kernel[grid](*arguments, num_warps=launch.num_warps, **FUSION), grid, arguments)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
-from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.launches import FUSION, Launches
 from masked_loss_triton.kernels.operands import warps
 from masked_loss_triton.kernels.resampling import place, raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
@@ -333,8 +333,9 @@ def launch_weights(
         size = (ceil_div(math.prod(plan.shape), plan.launch.block), mask.shape[0])
         minus_most = launches.empty((size[1], size[0]), device) if stats else None
         arguments = (mask, raw, minus_most, *plan.before_blur)
-        launches.start(resample_kernel, size, arguments, num_warps=num_warps)
+        launches.add(resample_kernel[size](*arguments, num_warps=num_warps, **FUSION), size, arguments)
         mask = raw
     arguments = (mask, minus_most, gates, result, *plan.arguments)
-    launches.start(weights_kernel, (tiles, batch), arguments, num_warps=num_warps)
+    grid = (tiles, batch)
+    launches.add(weights_kernel[grid](*arguments, num_warps=num_warps, **FUSION), grid, arguments)
     return result
