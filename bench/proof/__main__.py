@@ -86,9 +86,7 @@ class Run:
                 save_file(_lora(tuned), self.folder / f"mask-{step}.safetensors")
                 self._row(experiment, way.key, step, measure.errors(tuned), time.process_time() - start)
 
-        tuning.tune(
-            tuned, trained(experiment, way.key if way is ONE_CAPTION else ""), way, steps, self.seed, "torch", after
-        )
+        tuning.tune(tuned, trained(experiment, way is ONE_CAPTION), way, steps, self.seed, "torch", after)
         seconds = time.process_time() - start
         save_file(_lora(tuned), self.folder / f"{experiment}-{way.key}.safetensors")
         numbers, samples = measure.all(tuned)

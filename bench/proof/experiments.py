@@ -44,9 +44,9 @@ EXPERIMENTS = {
 
 
 @functools.cache
-def trained(experiment: str, arm: str = "") -> Examples:
-    """What the LoRAs of an experiment see."""
-    if arm == ONE_CAPTION.key:
+def trained(experiment: str, one_caption: bool = False) -> Examples:
+    """What the LoRAs of an experiment see; with `one_caption` under a place of their own, always the same."""
+    if one_caption:
         seen = trained(experiment)
         return dataclasses.replace(seen, text=captions_at(seen.names, ["photograph"]))
     makers: dict[str, Callable[[], Examples]] = {

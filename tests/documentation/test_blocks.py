@@ -18,7 +18,9 @@ from tests.documentation.blocks import FENCE, INDENTED, LANGUAGES, PAGES, ROOT, 
 from tests.documentation.stand_ins import STAND_INS, furnish, open_and_end, stand_in, write_caches
 
 WITH_COMMANDS = [page for page in PAGES if any(block.language in ("console", "toml") for block in blocks(page))]
-RUN = [f"docs/{name}.md" for name in ("index", "quickstart", "masks", "edit", "caches", "machines")] + ["README.md"]
+RUN = [f"docs/{name}.md" for name in ("index", "quickstart", "settings", "masks", "edit", "caches", "machines")] + [
+    "README.md"
+]
 PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
 
 
