@@ -1,6 +1,6 @@
 """Masked LoRA training of WAN, HunyuanVideo and Qwen-Image in a plain diffusers + accelerate + peft loop.
 
-    pip install 'masked_loss_triton[diffusers]'
+    pip install './masked_loss_triton[diffusers]'   # of a checkout
     python examples/train_diffusers.py --arch wan --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --cache cache --output lora
 
 The caches are those of musubi-tuner's caching scripts (latents and text), after `masked-loss cache` has added the masks.

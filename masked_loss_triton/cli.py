@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 from masked_loss_triton.files.progress import printable
 
 COMMANDS = {
@@ -137,7 +137,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         if package in ("", "masked_loss_triton"):
             return None
         extra = EXTRAS.get(package)
-        hint = f"pip install 'masked_loss_triton[{extra}]'" if extra else "install it"
+        hint = install_command(extra) if extra else "install it"
         return f"needs the package {package!r}: {hint}", 2
     if isinstance(error, ImportError):
         # opencv-python wants the libraries of a screen (libGL), which a server may lack.

@@ -1,5 +1,13 @@
 """The error a user sees as one line; everything else is a bug and keeps its traceback."""
 
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something in the user's files or flags that the user can mend. The text names it, says what is wrong and what to do.
@@ -10,6 +18,24 @@ class UserError(Exception):
     def __init__(self, message: str, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra, from where this package came from: the folder of a checkout, else an index.
+
+    pip notes the folder in direct_url.json (PEP 610); a checkout that is used in place needs no note.
+    """
+    source, checkout = "masked_loss_triton", Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install '{checkout}[{extra}]'"
+    try:
+        noted = importlib.metadata.distribution(source).read_text("direct_url.json")
+        address = urllib.parse.urlparse(json.loads(noted or "{}").get("url", ""))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        address = urllib.parse.urlparse("")
+    if address.scheme == "file" and not address.path.endswith((".whl", ".gz")):
+        source = urllib.request.url2pathname(address.path)
+    return f"pip install '{source}[{extra}]'"
 
 
 def problem_line(error: Exception, subject: object, debug: bool = False) -> str:

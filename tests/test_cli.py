@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from masked_loss_triton import errors
 from masked_loss_triton.cli import COMMANDS, EXTRAS, RENAMED, build_parser, explain, renamed
+from masked_loss_triton.errors import install_command
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,8 +97,31 @@ def test_a_missing_package_is_told_with_the_extra_that_has_it():
         name = distributions.get(package, package)
         assert name in [Requirement(text).name for text in extras[extra]], package
         message, status = explain(ModuleNotFoundError(f"No module named '{package}.x'", name=f"{package}.x"))
-        assert (f"needs the package '{package}': pip install 'masked_loss_triton[{extra}]'", 2) == (message, status)
+        assert (f"needs the package '{package}': {install_command(extra)}", 2) == (message, status)
     assert explain(ModuleNotFoundError("x", name="easydict")) == ("needs the package 'easydict': install it", 2)
+
+
+@pytest.mark.parametrize(
+    ("noted", "source"),
+    [
+        (None, "masked_loss_triton"),
+        ('{"url": "file:///home/me/masked%20loss", "dir_info": {"editable": true}}', "/home/me/masked loss"),
+        ('{"url": "file:///tmp/masked_loss_triton-0.2.0-py3-none-any.whl"}', "masked_loss_triton"),
+        ('{"url": "https://example.org/x.git", "vcs_info": {}}', "masked_loss_triton"),
+        ("broken", "masked_loss_triton"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_came_from(monkeypatch, noted, source):
+    """What pip notes for an index, a checkout, a wheel, a repository, and a note that cannot be read."""
+
+    class Distribution:
+        def read_text(self, name):
+            return noted if name == "direct_url.json" else None
+
+    assert install_command("demo") == f"pip install '{Path(__file__).parents[1]}[demo]'"  # of this checkout, in place
+    monkeypatch.setattr(errors, "__file__", "/site-packages/masked_loss_triton/errors.py")
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
+    assert install_command("demo") == f"pip install '{source}[demo]'"
 
 
 def test_a_bug_of_ours_is_no_message():

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 from masked_loss_triton.masks.labels import parse_labels
 from masked_loss_triton.masks.operations import MaskOperations
 
@@ -197,7 +197,7 @@ def _toml() -> Any:
         try:
             import tomli as tomllib
         except ModuleNotFoundError as error:
-            hint = "pip install 'masked_loss_triton[cache]'"
+            hint = install_command("cache")
             raise UserError(f"Python 3.10 needs the package tomli to read TOML: {hint}", 2) from error
     return tomllib
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 from masked_loss_triton.generate.prompts import CENTRAL_BOX
 from masked_loss_triton.masks.frames import to_uint8
 from masked_loss_triton.masks.reading import opaque, read_mask_file, read_picture
@@ -89,9 +89,7 @@ def shipped_file(package: str, path: str) -> Path:
     # find_spec does not import the package: both take a second to import and none of their code is needed.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"the demo's pictures come with {DISTRIBUTIONS[package]}: pip install 'masked_loss_triton[demo]'", 2
-        )
+        raise UserError(f"the demo's pictures come with {DISTRIBUTIONS[package]}: {install_command('demo')}", 2)
     file = Path(spec.origin).parent / path
     if not file.is_file():
         raise UserError(f"{file.name} is missing from the installed package {package!r}: install it again")

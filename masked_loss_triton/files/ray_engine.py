@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from masked_loss_triton import __version__
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -112,9 +112,7 @@ def _import(debug: bool) -> Any:
             import ray
             import ray.data
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--engine ray needs the package {error.name!r}: pip install 'masked_loss_triton[ray]'", 2
-        ) from error
+        raise UserError(f"--engine ray needs the package {error.name!r}: {install_command('ray')}", 2) from error
     return ray
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 
 MINIMUM = (4, 56)  # the first transformers with Florence-2 and SAM 2 of its own; no code is ever loaded from a hub
 MISSING_SHARE = 0.1  # of a model's weights: above it the folder holds another model, or this one in another format
@@ -92,7 +92,7 @@ def choose_dtype(name: str, device: Any) -> Any:
 
 
 def _transformers() -> Any:
-    wanted = "pip install 'masked_loss_triton[generate]'"
+    wanted = install_command("generate")
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from masked_loss_triton.errors import UserError
+from masked_loss_triton.errors import UserError, install_command
 from masked_loss_triton.masks.reading import open_image, read_alpha, read_mask_file, read_picture, to_float, unreadable
 
 # As musubi-tuner looks for them, both cases.
@@ -251,7 +251,7 @@ class _Video:
         try:
             import av
         except ModuleNotFoundError as error:
-            raise UserError("clips need the package av: pip install 'masked_loss_triton[cache]'", 2) from error
+            raise UserError(f"clips need the package av: {install_command('cache')}", 2) from error
         try:
             if not os.path.isfile(self.path):
                 raise FileNotFoundError(self.path)
