@@ -18,6 +18,8 @@ def main() -> None:
     rank = torch.distributed.get_rank()
     torch.save(trainer.gradients, f"{out}.{rank}")
     Path(f"{out}.{rank}.json").write_text(json.dumps([trainer.masked.masked, trainer.masked.step]))
+    # On a busy machine the end of the interpreter met threads of a group that was still open, and aborted.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
