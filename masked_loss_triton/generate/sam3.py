@@ -5,6 +5,7 @@ Source: transformers, models/sam3 and models/sam3_video; the weights are Meta's.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -152,10 +153,9 @@ class Sam3Engine(WholeEngine):
     def _video(self) -> tuple[Any, Any]:
         if self.video is None:
             self.video = self._load("Sam3VideoModel", "Sam3VideoProcessor")
-            from transformers.models.sam3_video import modeling_sam3_video
-
+            module: Any = importlib.import_module("transformers.models.sam3_video.modeling_sam3_video")
             # Else it would fetch compiled code from the hub, where the package for that is installed, and run it.
-            modeling_sam3_video.cv_utils_kernel = False  # type: ignore[assignment]
+            module.cv_utils_kernel = False
             model = self.video[0]
             model.score_threshold_detection = self.threshold
             if self.request.min_score:

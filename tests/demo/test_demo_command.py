@@ -91,6 +91,7 @@ def test_the_losses_of_the_config_can_be_built_again(report):
 def test_the_page_stands_alone(report, content):
     page = (report / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/webp;base64,") == 8
+    assert len(page) < 3_000_000
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|@import|url\(|<script", page)
     assert "$" not in page
     assert "<h1>A quick run" in page
