@@ -81,7 +81,7 @@ def test_baking_follows_the_order_of_the_loss():
     [
         {"mask_dilate": 1.5},
         {"mask_dilate": True},
-        {"mask_blur": 0.011},
+        {"mask_blur": 0.051},
         {"mask_blur": -0.1},
         {"mask_blur": float("nan")},
         {"mask_time": "median"},
