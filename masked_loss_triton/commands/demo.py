@@ -13,7 +13,7 @@ EXAMPLE = "masked-loss demo --output demo_report"
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "torch", "triton", "reference")
-STEPS, QUICK_STEPS = 800, 12
+STEPS, QUICK_STEPS = 600, 12
 MAX_STEPS = 100_000
 MAX_SEED = 2**63 - 1  # what torch takes, less the negative ones
 
