@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "torch-rocm": {"type": "rocm", "archs": ["gfx942"]},
     "torch-cpu": {"type": "cpu"},
 }
-CORE = ("__init__", "call", "config", "errors", "layouts", "loss", "stats")
+CORE = ("__init__", "call", "checks", "config", "errors", "layouts", "loss", "stats")
 TRY = """
 import pathlib, sys
 class Absent:

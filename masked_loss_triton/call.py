@@ -7,12 +7,20 @@ sample (B,).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 
+from masked_loss_triton.checks import (
+    FLOAT_DTYPES,
+    canonical_mask,
+    check_device,
+    check_dtype,
+    checked_tensor,
+    like_pred,
+    per_sample_numbers,
+)
 from masked_loss_triton.config import MaskedLossConfig, checked_prior_weight
 from masked_loss_triton.layouts import LAYOUTS, PRED_SHAPES, Layout, canonical, checked_patches
 
@@ -26,10 +34,6 @@ Normalizer = Number | Sequence[Number]
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MASK_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.bool)
-
-_MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, Wm), where B may be 1"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
@@ -125,108 +129,6 @@ TENSORS = (
 )  # fmt: skip
 
 
-def _tensor(name: str, value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    # A view of an imaginary part may say "negate me", which kernels do not read.
-    return value.resolve_neg() if not torch.compiler.is_compiling() and value.is_neg() else value
-
-
-def _dtype(name: str, value: torch.Tensor, accepted: tuple[torch.dtype, ...], hint: str = "") -> None:
-    if value.dtype not in accepted:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
-        raise TypeError(f"{name} must be one of {names}, got {str(value.dtype).removeprefix('torch.')}{hint}")
-
-
-def _same_device(name: str, value: torch.Tensor, pred: torch.Tensor) -> None:
-    if value.device != pred.device:
-        raise ValueError(f"{name} is on {value.device} and pred on {pred.device}: move {name} to {pred.device}")
-
-
-def _like_pred(name: str, value: Any, pred: torch.Tensor, layout: str) -> torch.Tensor:
-    tensor = _tensor(name, value)
-    if tensor.shape != pred.shape:
-        raise ValueError(f"{name} must have the shape of pred, {tuple(pred.shape)}, got {tuple(tensor.shape)}")
-    _dtype(name, tensor, FLOAT_DTYPES)
-    _same_device(name, tensor, pred)
-    return canonical(tensor, layout)
-
-
-def canonical_mask(
-    mask: Any, shape: tuple[int, int, int, int], *, image: bool = False, layered: bool = False
-) -> torch.Tensor:
-    """A mask as a view (B or 1, Fm, Hm, Wm).
-
-    Args:
-        mask: see `masked_loss`.
-        shape: (B, F, H, W) of the loss.
-        image: pred has no frame axis, so the mask may have only one frame.
-        layered: the frame axis of the loss counts layers; a mask has one entry per layer, or one for all.
-
-    Raises:
-        TypeError, ValueError: naming the shape, dtype or values it got and those that are accepted.
-    """
-    mask = _tensor("mask", mask)
-    _dtype("mask", mask, MASK_DTYPES, hint=": use float in [0, 1], uint8 in [0, 255] or bool")
-    got = tuple(mask.shape)
-    if mask.dim() not in (3, 4, 5) or (mask.dim() == 5 and got[1] != 1):
-        raise ValueError(f"mask must be {_MASK_SHAPES}, got {got}")
-    if mask.dim() == 5:
-        mask = mask.squeeze(1)
-    elif mask.dim() == 3:
-        mask = mask.unsqueeze(1)
-    batch, frames = shape[0], shape[1]
-    if 0 in got:
-        raise ValueError(f"mask has no elements: its shape is {got}")
-    if mask.shape[0] not in (1, batch):
-        raise ValueError(f"mask must have batch size {batch} as pred, or 1, got {mask.shape[0]} in {got}")
-    if image and mask.shape[1] != 1:
-        raise ValueError(
-            f"mask has {mask.shape[1]} frames or channels in {got}, but pred is an image batch (B, C, H, W): "
-            "give one mask per image, (B, 1, Hm, Wm) or (B, Hm, Wm)"
-        )
-    if layered and mask.shape[1] not in (1, frames):
-        raise ValueError(
-            f"mask has {mask.shape[1]} layers in {got}, pred has {frames}: give one mask per layer, or one for all"
-        )
-    refuse_bytes_as_floats("mask", mask)
-    return mask
-
-
-def refuse_bytes_as_floats(name: str, mask: torch.Tensor) -> None:
-    """Raises when a floating mask holds values of 0 to 255, where they can be seen without waiting: on a CPU, not traced.
-
-    Clamped to [0, 1] they would be a mask of ones.
-    """
-    if mask.device.type != "cpu" or not mask.dtype.is_floating_point or torch.compiler.is_compiling():
-        return
-    if type(mask) is not torch.Tensor or torch._C._are_functorch_transforms_active():
-        return
-    largest = mask.detach().amax().item()
-    if 1.5 < largest < math.inf:
-        raise ValueError(
-            f"{name} is floating with a largest value of {largest:g}, but floating masks are in [0, 1]: divide it by 255, or give "
-            "the bytes as uint8"
-        )
-
-
-def per_sample_numbers(
-    name: str, value: Any, pred: torch.Tensor, batch: int, accepted: tuple[torch.dtype, ...]
-) -> torch.Tensor:
-    """A view (B,) of a tensor that holds one number per sample, or one for all, on pred's device."""
-    tensor = _tensor(name, value)
-    _dtype(name, tensor, accepted)
-    _same_device(name, tensor, pred)
-    shape = tuple(tensor.shape)
-    if tensor.numel() == 1:
-        return tensor.reshape(1).expand(batch)
-    if not shape or shape[0] != batch or tensor.numel() != batch:
-        raise ValueError(
-            f"{name} must hold one number per sample, ({batch},) or ({batch}, 1, ...), or a single number, got {shape}"
-        )
-    return tensor.reshape(batch)
-
-
 def _normalizer(value: Any, has_prior: bool, config: MaskedLossConfig, pred: torch.Tensor) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for item in values:
@@ -235,7 +137,7 @@ def _normalizer(value: Any, has_prior: bool, config: MaskedLossConfig, pred: tor
                 raise ValueError(
                     f"normalizer must be a number or a 0-d tensor, got a tensor of shape {tuple(item.shape)}"
                 )
-            _same_device("normalizer", item, pred)
+            check_device("normalizer", item, pred)
         elif isinstance(item, bool) or not isinstance(item, (int, float)):
             raise TypeError(f"normalizer must be a number or a 0-d tensor, got {type(item).__name__}")
         elif not item > 0:
@@ -272,12 +174,12 @@ def describe(
     """Validates one call of `masked_loss` and returns it in one form. See there for the arguments."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    pred = _tensor("pred", pred)
+    pred = checked_tensor("pred", pred)
     if pred.dim() not in {"channels_first": (4, 5), "layered": (5,), "packed": (3,)}[layout]:
         raise ValueError(f"pred must be {PRED_SHAPES[layout]} with layout={layout!r}, got {tuple(pred.shape)}")
     if 0 in pred.shape:
         raise ValueError(f"pred has no elements: its shape is {tuple(pred.shape)}")
-    _dtype("pred", pred, FLOAT_DTYPES)
+    check_dtype("pred", pred, FLOAT_DTYPES)
     patches = checked_patches(patches, pred, layout)
     canonical_pred = canonical(pred, layout)
     batch, _, frames, height, width = canonical_pred.shape
@@ -285,16 +187,16 @@ def describe(
 
     latents, flow_sign = None, 1
     if isinstance(target, FlowTarget):
-        latents = _like_pred("target.latents", target.latents, pred, layout)
-        canonical_target = _like_pred("target.noise", target.noise, pred, layout)
+        latents = like_pred("target.latents", target.latents, pred, layout)
+        canonical_target = like_pred("target.noise", target.noise, pred, layout)
         flow_sign = target.sign
     else:
-        canonical_target = _like_pred("target", target, pred, layout)
+        canonical_target = like_pred("target", target, pred, layout)
 
-    canonical_prior = None if prior is None else _like_pred("prior", prior, pred, layout)
+    canonical_prior = None if prior is None else like_pred("prior", prior, pred, layout)
     if mask is not None:
         mask = canonical_mask(mask, (batch, *grid), image=pred.dim() < 5, layered=layout == "layered")
-        _same_device("mask", mask, pred)
+        check_device("mask", mask, pred)
     if weighting is not None:
         weighting = per_sample_numbers("weighting", weighting, pred, batch, FLOAT_DTYPES)
     if prior_gate is not None:

@@ -10,18 +10,8 @@ import torch
 
 from masked_loss_triton.backend import loss_function, stages
 from masked_loss_triton.backend.replay import recording_of
-from masked_loss_triton.call import (
-    BACKENDS,
-    FLOAT_DTYPES,
-    Backend,
-    CallOptions,
-    FlowTarget,
-    Layout,
-    Normalizer,
-    canonical_mask,
-    describe,
-    per_sample_numbers,
-)
+from masked_loss_triton.call import BACKENDS, Backend, CallOptions, FlowTarget, Layout, Normalizer, describe
+from masked_loss_triton.checks import FLOAT_DTYPES, canonical_mask, per_sample_numbers
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 

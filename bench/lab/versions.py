@@ -5,8 +5,8 @@
     python -m bench.lab.versions --torch 2.5.1 --torch 2.8.0      # each in a virtual environment of its own
 
 A Triton wheel is unpacked beside the others and put before the installed one; compiling needs no other torch. Its code is compared
-with that of the installed Triton. Triton 3.4 links
-AMD's code with ROCm's own linker. Everything is kept in `--folder`, and taken from there the next time.
+with that of the installed Triton. Triton 3.4 links AMD's code with ROCm's own linker. Everything is kept in `--folder`, and taken
+from there the next time.
 """
 
 from __future__ import annotations
@@ -119,18 +119,8 @@ def tested(torch: str, folder: pathlib.Path) -> str:
     old = tuple(map(int, names[-1].split(".")[:2])) < (3, 4)
     tests = ["-k", "not triton and not kernels and not promises and not exported", *TESTS[:-3]] if old else TESTS
     # An older torch warns about what a newer one took back, and about numpy; here only results count.
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-m",
-        "not slow",
-        "-o",
-        "filterwarnings=default",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
+    command = [python, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    command += tests
     finished = subprocess.run(command, env=environment(None), cwd=ROOT, capture_output=True, text=True, check=False)
     for line in finished.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):

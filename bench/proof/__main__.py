@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench.environment import ROOT, device_name, environment, slug
-from bench.proof import report
+from bench.proof import data, report
 from bench.proof.experiments import (
     CHECKPOINTS,
     DEFAULT,
@@ -32,10 +32,9 @@ from bench.proof.experiments import (
     STEPS,
     STOPPED,
     Measure,
-    new_base,
     trained,
 )
-from masked_loss_triton.demo import model, tuning
+from masked_loss_triton.demo import model, pipeline, tuning
 from masked_loss_triton.demo.evaluation import Samples
 from masked_loss_triton.demo.tuning import Way
 
@@ -48,7 +47,7 @@ class Run:
 
     def __init__(self, seed: int, table: Table) -> None:
         self.seed, self.table = seed, table
-        self.folder = ROOT / "build" / "proof" / table.here["commit"] / f"seed{seed}"
+        self.folder = table.models / f"seed{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = self._base()
         self.measures: dict[str, Measure] = {}
@@ -57,10 +56,12 @@ class Run:
         file = self.folder / "base.safetensors"
         if not file.exists():
             start = time.process_time()
-            base = new_base(self.seed, lambda step, loss: None)
+            base = model.build_model(self.seed, data.CPU)
+            places = tuning.place_examples(data.SIDE, data.CPU)
+            tuning.train_base(base, places, pipeline.BASE_STEPS, self.seed, "torch", lambda step, loss: None)
             save_file(base.state_dict(), file)
             print(f"seed {self.seed}: base model, {time.process_time() - start:.0f} s of a processor", flush=True)
-        base = model.build_model(self.seed, torch.device("cpu"))
+        base = model.build_model(self.seed, data.CPU)
         base.load_state_dict(load_file(file))
         return base.eval()
 
@@ -132,6 +133,11 @@ class Table:
         self.rows: list[dict[str, Any]] = [row for row in every if row["commit"] == self.here["commit"]]
 
     @property
+    def models(self) -> Path:
+        """The folder of the models and pictures of these rows."""
+        return ROOT / "build" / "proof" / self.here["commit"]
+
+    @property
     def done(self) -> set[tuple[int, str, str, int]]:
         return {(int(row["seed"]), row["experiment"], row["arm"], int(row["step"])) for row in self.rows}
 
@@ -169,7 +175,7 @@ def main() -> None:
                 run.train(experiment, way)
         if "photographs" in args.experiments:
             run.stop_the_mask()
-    report.write(table, table.file.parent)
+    report.write(table.rows, table.file.parent, table.models)
 
 
 if __name__ == "__main__":

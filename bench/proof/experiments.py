@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
 
 from bench.proof import data
 from masked_loss_triton import MaskedLossConfig
-from masked_loss_triton.demo import pipeline
 from masked_loss_triton.demo.evaluation import Fidelity, Sampler, Samples, Test
 from masked_loss_triton.demo.model import Model
 from masked_loss_triton.demo.tuning import WAYS, Examples, Way, captions_at
@@ -114,13 +111,3 @@ def painted(pictures: np.ndarray, base: np.ndarray, unwanted: np.ndarray, weight
     pasted = unwanted.astype(np.float64) - base
     large = weights[..., None]
     return float((large * moved * pasted).sum() / (large * pasted * pasted).sum())
-
-
-def new_base(seed: int, after: Callable[[int, float], None]) -> Any:
-    """The base model of a seed, trained as the demo trains it."""
-    from masked_loss_triton.demo import model, tuning
-
-    base = model.build_model(seed, torch.device("cpu"))
-    places = tuning.place_examples(data.SIDE, data.CPU)
-    tuning.train_base(base, places, pipeline.BASE_STEPS, seed, "torch", after)
-    return base

@@ -12,7 +12,7 @@ import torch
 
 from masked_loss_triton import mask_weights, masked_loss
 from masked_loss_triton.cache.families import FAMILIES, Family
-from masked_loss_triton.call import refuse_bytes_as_floats
+from masked_loss_triton.checks import refuse_bytes_as_floats
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import schedule
 from masked_loss_triton.integration.musubi.caches import CacheReport

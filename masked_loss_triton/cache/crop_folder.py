@@ -8,6 +8,7 @@ for done in crop_folder(cropping, files):
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from masked_loss_triton.files.notes import png_note, read_png_note
 from masked_loss_triton.files.parallel import default_workers, run_parallel
 from masked_loss_triton.masks.crops import crop_around, cut
 from masked_loss_triton.masks.frames import to_uint8
-from masked_loss_triton.masks.listing import check_three_folders
+from masked_loss_triton.masks.listing import PLAIN, check_three_folders, labels_beside, masks_by_label
 from masked_loss_triton.masks.reading import read_mask_file, read_picture
 from masked_loss_triton.masks.sources import MaskDirectory, align_to_picture, mask_directories
-from masked_loss_triton.masks.zooms import FULL, PLAIN, check_zooms, labels_beside, zoomed
+from masked_loss_triton.masks.zooms import FULL, check_zooms, zoomed
 
 Contents = Callable[[], tuple[np.ndarray, dict[str, np.ndarray]]]
 
@@ -118,39 +119,23 @@ def _check_names(cropping: Cropping, files: list[Path]) -> None:
 
 
 def _crop(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> list[Cropped]:
-    """Makes all crops of a picture, which is read once."""
-    opened: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-
-    def contents() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        if not opened:
-            opened.append(_read(file, paths))
-        return opened[0]
-
+    """Makes all crops of a picture, which is read once, and only where one is missing."""
+    place = file.parent.relative_to(cropping.images)
+    try:
+        paths = masks_by_label(file, cropping.labels, directory, cropping.masks / place)
+    except UserError as error:
+        return [Cropped(file, "problem", str(error))]
+    contents = functools.cache(lambda: _read(file, paths))
     done = []
     for zoom in cropping.zooms or (PLAIN,):
         try:
-            paths = _mask_paths(file, cropping, directory)
             done.append(_crop_one(file, zoom, cropping, paths, contents))
         except UserError as error:
             done.append(Cropped(file, "problem", str(error), zoom=zoom))
         except OSError as error:
             done.append(Cropped(file, "problem", f"{error.filename or file}: {error.strerror or error}", zoom=zoom))
+    # What is wrong with the picture itself is one line, not one for each zoom.
     return done[:1] if done[0].status == "problem" and len({one.message for one in done}) == 1 else done
-
-
-def _mask_paths(file: Path, cropping: Cropping, directory: MaskDirectory | None) -> dict[str, Path]:
-    """The masks of a picture by label, the plain one first.
-
-    Raises:
-        UserError: where there is none.
-    """
-    names = {PLAIN: file.stem, **{label: f"{file.stem}.{label}" for label in cropping.labels}}
-    found = {label: directory.find(name, video=False) if directory else None for label, name in names.items()}
-    paths = {label: path for label, path in found.items() if path is not None}
-    if not paths:
-        place = cropping.masks / file.parent.relative_to(cropping.images)
-        raise UserError(f"{file} has no mask in {place}: add {file.stem}.png")
-    return paths
 
 
 def _read(file: Path, paths: Mapping[str, Path]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

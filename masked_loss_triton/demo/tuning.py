@@ -1,8 +1,8 @@
 """Flow matching: a base model learns places, then LoRAs learn subjects with different masked losses.
 
 x_t = (1 - t) x_0 + t noise, and the model predicts noise - x_0 (the rectified flow of HunyuanVideo, WAN and Qwen-Image).
-The caption of a subject is its word and the word of a place, drawn anew at every step whatever stands behind the subject in
-the photograph: what the two words share in every caption, they can be taught apart.
+The caption of a subject is its word and the word of a place, which is drawn anew at every step, whatever stands behind the
+subject in the photograph: no place's word comes to mean that background.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ WHOLE = {
 }
 # Both in one, by words; `load` returns an engine.
 BY_WORDS = {"sam3": "masked_loss_triton.generate.sam3"}
+ENGINES = {**BY_WORDS, **WHOLE}
 ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
 DEFAULT = "auto"
 # Detectors that read no words, and what their one layer is called.
@@ -95,8 +96,8 @@ class Segmenter(Protocol):
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all detectors and segmenters, a group for each."""
-    tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": {**BY_WORDS, **WHOLE}}
-    for name, module in {**DETECTORS, **SEGMENTERS, **BY_WORDS, **WHOLE}.items():
+    tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": ENGINES}
+    for name, module in {**DETECTORS, **SEGMENTERS, **ENGINES}.items():
         kinds = [kind for kind, table in tables.items() if name in table]
         importlib.import_module(module).add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
 
@@ -107,13 +108,13 @@ def split_backend(backend: str) -> tuple[str, str]:
     Raises:
         UserError: for a backend that does not exist.
     """
-    if backend in WHOLE or backend in BY_WORDS:
+    if backend in ENGINES:
         return backend, backend
     detector, _, segmenter = ALIASES.get(backend, backend).partition("+")
     if detector not in DETECTORS or segmenter not in SEGMENTERS:
         raise UserError(
             f"--backend {backend}: write DETECTOR+SEGMENTER with a detector of {', '.join(DETECTORS)} and a segmenter of "
-            f"{', '.join(SEGMENTERS)}, or {', '.join((*ALIASES, *BY_WORDS, *WHOLE))}",
+            f"{', '.join(SEGMENTERS)}, or {', '.join((*ALIASES, *ENGINES))}",
             2,
         )
     return detector, segmenter
@@ -155,10 +156,10 @@ def load_backend(
     return loaded[0], loaded[1]
 
 
-def load_whole(
+def load_engine(
     backend: str, request: MaskRequest, models: Mapping[str, Any], *, device: str = "auto", dtype: str = "auto"
 ) -> Any:
-    """Loads the engine of a backend of `WHOLE` or `BY_WORDS`.
+    """Loads the engine of a backend of `ENGINES`.
 
     Raises:
         UserError: for what is missing beside the pictures, and for weights that are absent.
@@ -175,8 +176,7 @@ def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _modules(backend: str) -> list[Any]:
-    for table in (WHOLE, BY_WORDS):
-        if backend in table:
-            return [importlib.import_module(table[backend])]
+    if backend in ENGINES:
+        return [importlib.import_module(ENGINES[backend])]
     detector, segmenter = split_backend(backend)
     return [importlib.import_module(module) for module in (DETECTORS[detector], SEGMENTERS[segmenter])]

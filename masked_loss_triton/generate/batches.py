@@ -20,7 +20,7 @@ import numpy as np
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.notes import read_png_note
 from masked_loss_triton.files.parallel import run_parallel
-from masked_loss_triton.generate.backends import BY_WORDS, WHOLE, load_backend, load_whole
+from masked_loss_triton.generate.backends import ENGINES, load_backend, load_engine
 from masked_loss_triton.generate.engine import Engine, FrameMask, WholeEngine
 from masked_loss_triton.generate.jobs import Job
 from masked_loss_triton.generate.mask_files import (
@@ -132,8 +132,8 @@ class Generation:
         Raises:
             UserError: for weights that are absent.
         """
-        if self.backend in WHOLE or self.backend in BY_WORDS:
-            whole = load_whole(self.backend, self.request, self.models, device=self.device, dtype=self.dtype)
+        if self.backend in ENGINES:
+            whole = load_engine(self.backend, self.request, self.models, device=self.device, dtype=self.dtype)
             return Worker(whole, self, find_saliency(self.models) if self.compare else None)
         detector, segmenter = load_backend(
             self.backend,

@@ -14,9 +14,9 @@ from masked_loss_triton.generate import florence2, saliency, sam2, sam3
 def choose_backend(has_words: bool, models: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what "auto" is, and one line that says why, and what would be better where it is not the best.
 
-    Words need Florence-2; what it finds is cut out by SAM 2, or by U2-Net where SAM 2 is absent. SAM 3 is taken where it is named,
-    or there and Florence-2 is not. Without words what stands out
-    is found and cut out by U2-Net, or, where its weights are absent, GrabCut cuts out a central box.
+    Words need Florence-2; what it finds is cut out by SAM 2, or by U2-Net where SAM 2 is absent. SAM 3 is taken where its model is
+    named, or where it is on this machine and Florence-2 is not. Without words what stands out is found and cut out by U2-Net,
+    or, where its weights are absent, GrabCut cuts out a central box.
 
     Args:
         has_words: whether there are prompts.
@@ -31,8 +31,9 @@ def choose_backend(has_words: bool, models: Mapping[str, Any]) -> tuple[str, str
         has_saliency = False
     if has_words:
         sam = models.get("sam2_model") or sam2.MODEL
-        has_florence, newest = is_here(models.get("florence2_model") or florence2.MODEL), models.get("sam3_model")
-        if newest not in (None, sam3.MODEL) or (not has_florence and is_here(sam3.MODEL)):
+        has_florence = is_here(models.get("florence2_model") or florence2.MODEL)
+        names_sam3 = models.get("sam3_model") not in (None, sam3.MODEL)
+        if names_sam3 or (not has_florence and is_here(sam3.MODEL)):
             return "sam3", ""
         if is_here(sam) or not has_florence:
             return "florence2+sam2", ""  # or the error that tells what is missing

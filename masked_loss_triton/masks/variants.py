@@ -20,7 +20,7 @@ from typing import BinaryIO
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.files.atomic import NO_FILE, replace_file
 from masked_loss_triton.files.captions import caption_of, check_extension
-from masked_loss_triton.masks.listing import check_three_folders
+from masked_loss_triton.masks.listing import check_three_folders, labels_beside, masks_by_label
 from masked_loss_triton.masks.sources import MaskDirectory, mask_directories
 
 PLACE = "{place}"
@@ -84,9 +84,10 @@ class Varied:
 def vary_folder(variation: Variation, files: list[Path]) -> Iterator[Varied]:
     """Copies pictures, masks and captions; yields what became of each picture."""
     directories = {} if variation.masks is None else mask_directories(files, variation.images, variation.masks)
+    labels = labels_beside(files, directories)
     for file in files:
         try:
-            yield _vary(file, variation, directories.get(file.parent))
+            yield _vary(file, variation, labels, directories.get(file.parent))
         except UserError as error:
             yield Varied(file, "problem", str(error))
         except OSError as error:
@@ -103,17 +104,19 @@ def new_captions(caption: str, file: Path, variation: Variation) -> list[str]:
     return [text.replace(PLACE, place) if PLACE in text else f"{text.rstrip(' ,.')}, {place}" for place in places]
 
 
-def _vary(file: Path, variation: Variation, directory: MaskDirectory | None) -> Varied:
+def _vary(file: Path, variation: Variation, labels: tuple[str, ...], directory: MaskDirectory | None) -> Varied:
     captions = new_captions(_caption(file, variation), file, variation)
-    masks = _masks(file, variation, directory)
     place = file.parent.relative_to(variation.images)
+    masks = {}
+    if variation.masks is not None:
+        masks = masks_by_label(file, labels, directory, variation.masks / place)
     contents: dict[Path, bytes] = {}
     for number, caption in enumerate(captions, 1):
         images = variation.output / "images" / place
         contents[images / f"{file.stem}_{number}{file.suffix}"] = file.read_bytes()
         contents[images / f"{file.stem}_{number}.{variation.captions.lstrip('.')}"] = (caption + "\n").encode()
         for label, mask in masks.items():
-            name = f"{file.stem}_{number}{label}{mask.suffix}"
+            name = f"{file.stem}_{number}.{label}{mask.suffix}" if label else f"{file.stem}_{number}{mask.suffix}"
             contents[variation.output / "masks" / place / name] = mask.read_bytes()
     missing = [target for target in contents if not target.exists()]
     for target, content in contents.items():
@@ -142,17 +145,3 @@ def _caption(file: Path, variation: Variation) -> str:
     if not text.strip():
         raise UserError(f"{caption} is empty: write what the picture shows")
     return text
-
-
-def _masks(file: Path, variation: Variation, directory: MaskDirectory | None) -> dict[str, Path]:
-    """The masks of a picture by what stands behind its stem: "" for the whole one, ".face" for a label."""
-    if variation.masks is None:
-        return {}
-    found = {}
-    for stem, mask in directory.stills.items() if directory else ():
-        if stem == file.stem or stem.startswith(f"{file.stem}."):
-            found[stem[len(file.stem) :]] = mask
-    if not found:
-        place = variation.masks / file.parent.relative_to(variation.images)
-        raise UserError(f"{file} has no mask in {place}: add {file.stem}.png, or leave --masks out")
-    return found

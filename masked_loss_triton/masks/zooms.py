@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.masks.labels import parse_labels
-from masked_loss_triton.masks.sources import MaskDirectory
+from masked_loss_triton.masks.listing import PLAIN
 
 HALF, FULL, FACE = "half", "full", "face"
-PLAIN = ""  # in place of a label: the plain mask of a picture
 
 
 def parse_zooms(given: str) -> tuple[str, ...]:
@@ -25,27 +23,6 @@ def parse_zooms(given: str) -> tuple[str, ...]:
         return parse_labels(given)
     except ValueError as error:
         raise UserError(f"--zoom: {error}", 2) from error
-
-
-def labels_beside(files: Iterable[Path], directories: Mapping[Path, MaskDirectory]) -> tuple[str, ...]:
-    """Returns the labels of which there are masks for pictures, as NAME.LABEL.png, sorted."""
-    stems: dict[Path, set[str]] = {}
-    for file in files:
-        stems.setdefault(file.parent, set()).add(file.stem)
-    found = set()
-    for folder, directory in directories.items():
-        for stem in directory.stills:
-            name, _, label = stem.rpartition(".")
-            if name in stems[folder] and stem not in stems[folder]:
-                found.add(label)
-    return tuple(sorted(label for label in found if _is_label(label)))
-
-
-def _is_label(text: str) -> bool:
-    try:
-        return parse_labels([text]) == (text,)
-    except ValueError:
-        return False
 
 
 def check_zooms(zooms: Iterable[str], labels: Iterable[str]) -> None:

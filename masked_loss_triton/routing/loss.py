@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import stages
-from masked_loss_triton.call import canonical_mask
+from masked_loss_triton.checks import canonical_mask
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.loss import mask_weights, masked_loss
 from masked_loss_triton.routing.router import Kept

@@ -80,7 +80,6 @@ def test_a_run_that_was_broken_off_goes_on_and_repeats_nothing(tmp_path, monkeyp
     monkeypatch.setattr(pipeline, "BASE_STEPS", 8)
     monkeypatch.setattr(proof, "ROOT", tmp_path)
     monkeypatch.setitem(proof.STEPS, "pair", 4)
-    monkeypatch.setattr(report, "write", lambda table, folder: None)
     file = tmp_path / "proof.csv"
     monkeypatch.setattr("sys.argv", ["proof", "--seeds", "3", "--experiments", "pair", "--output", str(file)])
     trained = []

@@ -32,12 +32,17 @@ def problems(lab, capsys, *flags):
     return {(one["kind"], one["file"].rsplit("/", 1)[1]) for one in found}
 
 
-def test_a_sound_dataset_has_no_problems(lab, capsys):
+def make_two(lab, capsys):
+    """Pictures, masks and masked caches of a and b."""
     for stem in "ab":
         lab.picture(stem, mask=disc((160, 120)))
         lab.add_cache(stem)
     assert lab.run("cache", "--masks", lab.masks) == 0
     capsys.readouterr()
+
+
+def test_a_sound_dataset_has_no_problems(lab, capsys):
+    make_two(lab, capsys)
     assert problems(lab, capsys) == set()
     assert lab.run("check", "--masks", lab.masks) == 0
     assert "2 pictures and clips, 2 latent caches, 0 problems" in capsys.readouterr().out
@@ -113,11 +118,7 @@ def test_every_kind_of_a_picture_dataset(lab, capsys):
 
 def test_a_mask_that_can_no_longer_be_read_is_unreadable_and_not_outdated(lab, capsys):
     """Caching again would not help."""
-    for stem in "ab":
-        lab.picture(stem, mask=disc((160, 120)))
-        lab.add_cache(stem)
-    assert lab.run("cache", "--masks", lab.masks) == 0
-    capsys.readouterr()
+    make_two(lab, capsys)
     (lab.masks / "a.png").write_bytes((lab.masks / "a.png").read_bytes()[:80])
     Image.fromarray(disc((160, 120), radius=0.1)).save(lab.masks / "b.png")
     assert problems(lab, capsys) == {("unreadable", "a.png"), ("outdated", "b_0160x0120_wan.safetensors")}

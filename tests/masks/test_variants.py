@@ -132,3 +132,13 @@ def test_a_wrong_flag_is_one_line(photos, capsys, flags, places, words):
     assert words in errors
     assert errors.count("\n") == 1
     assert not (photos / "varied").exists()
+
+
+def test_a_picture_whose_name_looks_like_anothers_label_keeps_its_mask(photos):
+    """a.b.png is the mask of the picture a.b, and no label of a."""
+    for folder, name in (("photos", "a.b.png"), ("masks", "a.b.png")):
+        Image.fromarray(np.full((24, 32), 50, np.uint8)).save(photos / folder / name)
+    (photos / "photos/a.b.txt").write_text("another")
+    assert run(photos, "--masks", str(photos / "masks"), "--variants", "2") == 0
+    names = sorted(file.name for file in (photos / "varied/masks").glob("a*"))
+    assert names == ["a.b_1.png", "a.b_2.png", "a_1.png", "a_2.png"]

@@ -1,19 +1,19 @@
-// One picture or clip: tools, pointer and keys, undo, frames, saving.
+// One picture or clip: tools, undo, frames, saving.
 
 import { Refused, ask, choose, post, say } from "./api.js";
 import { History } from "./history.js";
+import { Input } from "./input.js";
 import { Preview } from "./preview.js";
 import { around, fill, line, polygon, rectangle } from "./raster.js";
 import { Surface } from "./surface.js";
 
 const element = (id) => document.getElementById(id);
-const TOOL_KEYS = { b: "brush", e: "eraser", g: "fill", r: "rectangle", p: "polygon", c: "click", m: "move" };
 const BUTTON_TOOLS = ["brush", "eraser"];
 
 export class Editor {
   /** `facts` returns what is known of a picture; `go` opens the one before or after, `leave` the list. */
   constructor({ facts, go, leave }) {
-    Object.assign(this, { facts, go, leave, tool: "brush", pointers: new Map() });
+    Object.assign(this, { facts, go, leave, tool: "brush" });
     this.surface = new Surface(element("canvas"));
     this.preview = new Preview(
       () => ({ number: this.number, pixels: this.mask, address: (more) => this.address("preview", this.size + more) }),
@@ -22,11 +22,16 @@ export class Editor {
         this.surface.draw();
       },
     );
-    this.listen();
+    new Input(this);
   }
 
   get radius() {
     return Number(element("size").value) / 2;
+  }
+
+  /** Whether the tool draws wherever the pointer goes. */
+  get paints() {
+    return BUTTON_TOOLS.includes(this.tool);
   }
 
   get value() {
@@ -67,9 +72,8 @@ export class Editor {
     Object.assign(this, { history: new History(), shape: null, said: { clicks: [], box: null }, point: null });
     this.surface.open(image, pixels, width, height, keep);
     element("clip").hidden = frames < 2;
-    element("frame").max = frames - 1;
+    element("frame").max = element("carry-to").max = frames - 1;
     element("frame").value = frame;
-    element("carry-to").max = frames - 1;
     element("frame-shown").value = `${frame} of 0 to ${frames - 1}`;
     this.refresh();
     this.preview.ask();
@@ -101,99 +105,10 @@ export class Editor {
     element("value-shown").value = element("value").value;
   }
 
-  listen() {
-    const canvas = this.surface.canvas;
-    canvas.addEventListener("pointerdown", (event) => this.down(event));
-    canvas.addEventListener("pointermove", (event) => this.moved(event));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => this.up(event));
-    canvas.addEventListener("pointerleave", () => this.cursor(null));
-    canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    canvas.addEventListener("keydown", (event) => this.canvasKey(event));
-    document.addEventListener("keydown", (event) => this.key(event));
-    document.addEventListener("keyup", (event) => event.key === " " && (this.spaceMoves = false));
-    for (const button of document.querySelectorAll("[data-tool]")) {
-      button.addEventListener("click", () => this.use(button.dataset.tool));
-    }
-    const actions = {
-      undo: () => this.undo(), redo: () => this.redo(), save: () => this.save(), revert: () => this.revert(),
-      fit: () => this.surface.fit(), back: () => this.close(), next: () => this.step(1), previous: () => this.step(-1),
-      "mark-ok": () => this.review("ok"), "mark-fix": () => this.review("fix"), carry: () => this.carry(),
-      "frame-back": () => this.toFrame(this.frame - 1), "frame-on": () => this.toFrame(this.frame + 1),
-    };
-    for (const [id, action] of Object.entries(actions)) element(id).addEventListener("click", action);
-    element("frame").addEventListener("change", () => this.toFrame(Number(element("frame").value)));
-    element("label").addEventListener("focus", () => (this.label = element("label").value));
-    element("label").addEventListener("change", () => this.toLabel());
-    element("onion").addEventListener("change", () => this.skin());
-    element("shade").addEventListener("change", () => this.surface.setMode(element("shade").value));
-    for (const id of ["size", "value"]) element(id).addEventListener("input", () => this.refresh());
-    window.addEventListener("beforeunload", (event) => this.history?.changed && event.preventDefault());
-  }
-
   use(tool) {
     this.tool = tool;
     this.cancelShape();
     this.refresh();
-  }
-
-  // Pointer
-
-  down(event) {
-    this.surface.canvas.setPointerCapture(event.pointerId);
-    this.surface.canvas.focus({ preventScroll: true });
-    this.pointers.set(event.pointerId, { x: event.clientX, y: event.clientY });
-    if (this.pointers.size === 2) return this.pinch();
-    if (event.button === 1 || this.tool === "move" || this.spaceMoves) {
-      this.panning = true;
-      return;
-    }
-    this.begin(this.surface.place(event), event.button === 2);
-  }
-
-  moved(event) {
-    const before = this.pointers.get(event.pointerId);
-    if (before) this.pointers.set(event.pointerId, { x: event.clientX, y: event.clientY });
-    if (this.pinching) return this.pinch();
-    if (this.panning && before) return this.surface.pan(event.clientX - before.x, event.clientY - before.y);
-    const events = event.getCoalescedEvents?.() ?? [];
-    for (const one of events.length ? events : [event]) this.drawTo(this.surface.place(one));
-    this.cursor(this.surface.place(event));
-  }
-
-  up(event) {
-    this.pointers.delete(event.pointerId);
-    this.panning = false;
-    if (this.pinching) {
-      if (!this.pointers.size) this.pinching = null;
-      return;
-    }
-    this.end(this.surface.place(event), event.type === "pointercancel");
-  }
-
-  /** Two fingers: what one finger drew goes, and both move and enlarge the picture. */
-  pinch() {
-    if (this.stroke) this.takeBack();
-    const [a, b] = [...this.pointers.values()];
-    const now = { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, span: Math.hypot(a.x - b.x, a.y - b.y) };
-    if (this.pinching) {
-      const box = this.surface.canvas.getBoundingClientRect();
-      this.surface.pan(now.x - this.pinching.x, now.y - this.pinching.y);
-      this.surface.zoom(now.span / (this.pinching.span || 1), now.x - box.left, now.y - box.top);
-    }
-    this.pinching = now;
-  }
-
-  wheel(event) {
-    event.preventDefault();
-    const box = this.surface.canvas.getBoundingClientRect();
-    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-    if (event.ctrlKey || event.metaKey || !BUTTON_TOOLS.includes(this.tool)) {
-      this.surface.zoom(Math.exp(-event.deltaY / 300), x, y);
-    } else {
-      this.resize(event.deltaY < 0 ? 1.15 : 1 / 1.15);
-    }
-    this.cursor(this.surface.place(event));
   }
 
   resize(factor) {
@@ -205,7 +120,7 @@ export class Editor {
   }
 
   cursor(place) {
-    const radius = BUTTON_TOOLS.includes(this.tool) ? this.radius : 0;
+    const radius = this.paints ? this.radius : 0;
     this.surface.cursor = place && { x: place.x, y: place.y, radius };
     this.surface.draw();
   }
@@ -222,7 +137,7 @@ export class Editor {
     }
     const value = right !== (this.tool === "eraser") ? 0 : this.value;
     this.stroke = { tool: this.tool, before: this.mask.slice(), x, y, x0: x, y0: y, value, right, area: null };
-    if (BUTTON_TOOLS.includes(this.tool)) this.drawTo({ x, y });
+    if (this.paints) this.drawTo({ x, y });
   }
 
   drawTo({ x, y }) {
@@ -328,70 +243,6 @@ export class Editor {
     } finally {
       delete document.body.dataset.selecting;
     }
-  }
-
-  // Keys
-
-  key(event) {
-    if (element("edit-view").hidden || document.querySelector("dialog[open]")) return;
-    const typing = event.target.matches("input[type=number], input[type=search], textarea, select");
-    const command = event.ctrlKey || event.metaKey;
-    const key = event.key.toLowerCase();
-    if (command && key === "z") event.shiftKey ? this.redo() : this.undo();
-    else if (command && key === "y") this.redo();
-    else if (command && key === "s") this.save();
-    else if (command || event.altKey || typing) return;
-    else if (key in TOOL_KEYS) this.use(TOOL_KEYS[key]);
-    else if (key === "escape") this.shape || this.stroke ? this.cancelShape() : this.close();
-    else if (key === "enter" && this.shape) this.closePolygon();
-    else if (key === "[" || key === "]") this.resize(key === "]" ? 1.15 : 1 / 1.15);
-    else if (key === "pagedown" || key === "pageup") this.step(key === "pagedown" ? 1 : -1);
-    else if (key === "," || key === ".") this.toFrame(this.frame + (key === "." ? 1 : -1));
-    else if (key === "o" || key === "f") this.review(key === "o" ? "ok" : "fix");
-    else if (key === "v") this.nextShade();
-    else if (key === "0") this.surface.fit();
-    else if (key === "+" || key === "-") this.zoomMiddle(key === "+" ? 1.25 : 0.8);
-    else return;
-    event.preventDefault();
-  }
-
-  /** Drawing without a pointer: arrows move a point, Space draws there (or sets a corner), D keeps the pen down. */
-  canvasKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    const key = event.key;
-    this.point ??= { x: this.width / 2, y: this.height / 2 };
-    if (key in moves) {
-      const step = event.shiftKey ? 1 : Math.max(1, this.radius / 2);
-      this.point.x = Math.min(this.width, Math.max(0, this.point.x + moves[key][0] * step));
-      this.point.y = Math.min(this.height, Math.max(0, this.point.y + moves[key][1] * step));
-      this.drawTo(this.point);
-    } else if (key === " ") {
-      const corner = this.tool === "rectangle";
-      if (this.pointers.size) this.spaceMoves = true;
-      else if (this.stroke) this.end(this.point, false);
-      else this.begin({ ...this.point }, event.shiftKey);
-      if (!corner && this.stroke && this.tool !== "polygon") this.end(this.point, false);
-    } else if (key.toLowerCase() === "d") {
-      if (this.stroke) this.end(this.point, false);
-      else this.begin({ ...this.point }, event.shiftKey);
-    } else {
-      return;
-    }
-    this.cursor(this.point);
-    event.preventDefault();
-    event.stopPropagation();
-  }
-
-  zoomMiddle(factor) {
-    const { width, height } = this.surface.canvas.getBoundingClientRect();
-    this.surface.zoom(factor, width / 2, height / 2);
-  }
-
-  nextShade() {
-    const choice = element("shade");
-    choice.selectedIndex = (choice.selectedIndex + 1) % choice.options.length;
-    this.surface.setMode(choice.value);
   }
 
   // Files
