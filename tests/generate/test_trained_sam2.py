@@ -58,7 +58,11 @@ def test_shapes_that_it_never_saw_are_cut_out(folder, trained):
     for name, mask in truth.items():
         with Image.open(folder / "out" / f"{name}.png") as made:
             reached[name] = iou(np.asarray(made) > 127, mask)
-    assert np.mean(list(reached.values())) > 0.88, reached
+    values, alone = list(reached.values()), np.mean([iou(box, mask) for mask in truth.values()])
+    print(
+        f"SAM 2, {len(values)} shapes: IoU {np.mean(values):.2f}, lowest {min(values):.2f}; the given box {alone:.2f}"
+    )
+    assert np.mean(values) > 0.88, reached
     assert min(reached.values()) > 0.75, reached
     triangles = {name: value for name, value in reached.items() if "triangle" in name}
     given = {name: iou(box, truth[name]) for name in triangles}
@@ -74,12 +78,13 @@ def test_moving_shapes_are_followed_by_its_memory(folder, trained):
         frames = []
         for frame in range(LENGTH):
             dx, dy = (round(float(one) * frame) for one in way)
-            still = np.random.default_rng(number)  # the ground does not move
-            frames.append(shown(still, shape, (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy), tint))
+            ground_rng = np.random.default_rng(number)  # the ground does not move
+            frames.append(shown(ground_rng, shape, (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy), tint))
         truth[shape] = [mask for _, mask in frames]
         write_clip(folder / "in" / f"{shape}.mp4", [picture for picture, _ in frames])
     assert generate(folder, trained, "--key_interval", "100") == 0
     every: list[float] = []
+    still: list[float] = []
     for shape, masks in truth.items():
         made = []
         for file in sorted((folder / "out" / shape).iterdir()):
@@ -89,6 +94,10 @@ def test_moving_shapes_are_followed_by_its_memory(folder, trained):
         # The last frame is cut out of the given box anew.
         reached = [iou(one, mask) for one, mask in zip(made[1:-1], masks[1:-1], strict=True)]
         every += reached
+        still += [iou(made[0], one) for one in masks[1:-1]]
         assert min(reached) > 0.6, (shape, reached)
         assert reached[-1] > iou(made[0], masks[-2]) + 0.2, "the mask stands still"
+    print(
+        f"SAM 2, {len(truth)} clips: IoU {np.mean(every):.2f}, lowest {min(every):.2f}; the first mask {np.mean(still):.2f}"
+    )
     assert np.mean(every) > 0.8, every
