@@ -1,9 +1,12 @@
 """The experiment is fair: every way starts from the same weights and sees the same batches, and the base stays as it is."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from masked_loss_triton import masked_loss
 from masked_loss_triton.demo import model, tuning
 from masked_loss_triton.demo.evaluation import Test
 from masked_loss_triton.demo.tuning import WAYS, Examples, draws, noisy_latents, tune
@@ -79,6 +82,33 @@ def test_the_teacher_is_the_base_model(base, subjects):
     teacher = tuning.teacher(tuned, subjects.latents, time, text)
     assert torch.equal(teacher, expected)
     assert not torch.equal(student, expected)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.key)
+def test_a_step_is_the_loss_that_its_way_says(base, subjects, way):
+    tuned = model.with_lora(base, 0)
+    tune(
+        tuned, subjects, WAYS[0], 3, 0, "torch", lambda *_: None
+    )  # away from the base model, so that a prior is no zero
+    draw = next(draws(subjects, 1, 5))
+    latents, text = subjects.latents[draw.index], subjects.text[draw.index, draw.caption]
+    noisy = noisy_latents(latents, draw.noise, draw.time)
+    with torch.no_grad():
+        pred = model.predict(tuned, noisy, draw.time, text)
+        prior = model.predict(base, noisy, draw.time, text) if way.key == "mask_prior" else None
+        mask = None if way.key == "no_mask" else subjects.masks[draw.index]
+        expected = masked_loss(pred, draw.noise - latents, mask, way.config, prior=prior)
+        found = tuning.step_loss(tuned, subjects, draw, way, seed=0, step=0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_way_that_keeps_a_part_computes_a_part_in_the_middle_blocks(base, subjects):
+    tuned, counts = model.with_lora(base, 0).train(), []
+    for block in tuned.blocks:
+        block.register_forward_hook(lambda module, given, out: counts.append(out.shape[1]))
+    half = dataclasses.replace(WAYS[1], keep=0.5)
+    tuning.step_loss(tuned, subjects, next(draws(subjects, 1, 5)), half, seed=0, step=0).backward()
+    assert counts == [48, 24, 24, 48]
 
 
 def test_an_untuned_lora_scores_as_the_base_does_with_no_drift(base, subjects):

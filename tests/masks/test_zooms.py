@@ -199,3 +199,12 @@ def test_a_zoom_whose_label_is_black_is_no_crop_and_a_black_subject_a_problem(fo
     assert "one.png has no face: no such crop" in capsys.readouterr().out
     assert run(folder, "--zoom", "full") == 1
     assert "is black: there is nothing to crop" in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_one_line_for_all_its_zooms(folder, capsys):
+    broken = folder / "photos" / "plain.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert run(folder, "--zoom", "half", "full") == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "plain.png" in line]
+    assert len(errors) == 1, errors
+    assert (folder / "out/images/back_full.png").exists()
