@@ -5,7 +5,7 @@ import unittest.mock
 import pytest
 import torch
 
-from masked_loss_triton import MaskedLossConfig, call, masked_loss
+from masked_loss_triton import MaskedLossConfig, checks, masked_loss
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
@@ -43,7 +43,7 @@ def test_stats_hold_the_largest_mask_value_before_the_clamp(device, backend, blu
     mask[1, 0, -1, -1] = value
     tensors = [x.to(device) for x in (torch.randn(2, 3, 1, 4, 4), torch.zeros(2, 3, 1, 4, 4), mask)]
     config = MaskedLossConfig(blur_kernel_size=blur)
-    with unittest.mock.patch.object(call, "refuse_bytes_as_floats"):
+    with unittest.mock.patch.object(checks, "refuse_bytes_as_floats"):
         _, stats = masked_loss(*tensors, config, backend=backend, return_stats=True)
         _, none = masked_loss(*tensors[:2], None, config, backend=backend, return_stats=True)
     assert float(stats.mask_max) == pytest.approx(want)
