@@ -60,9 +60,8 @@ class Results:
     sampler: Sampler
 
 
-# One thread: the matrices are too small for more. Measured on 2 cores: 61 ms a step with one thread, 42 with two; with another
-# program on the machine 127 and 377, since each operation then waits for whichever thread was put aside. And the numbers are the
-# same whatever the number of cores.
+# The matrices are too small for more: beside another program each operation would wait for whichever thread was put aside. And
+# the numbers are the same whatever the number of cores.
 THREADS = 1
 
 

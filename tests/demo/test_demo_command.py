@@ -98,6 +98,10 @@ def test_the_page_stands_alone(report, content):
     for row in content["table"].values():
         assert f">{row['inside']:.4f}<" in page
     assert str(report.parent) not in page
+    ways = [content["table"][way] for way in WAYS]
+    best = {f"{min(way[column] for way in ways):.4f}" for column in ("inside", "outside", "drift_outside")}
+    best |= {f"{max(way[f'{kind}_psnr'] for way in ways):.2f}" for kind in ("subject", "background", "empty")}
+    assert set(re.findall(r"<td class=best>([^<]+)", page)) == best
 
 
 @pytest.mark.slow

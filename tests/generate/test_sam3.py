@@ -79,8 +79,17 @@ def test_the_masks_are_what_transformers_makes_of_each_picture_and_word(random_w
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_clip_has_a_mask_for_every_frame_of_every_chunk(random_weights, dtype):
     engine = load(random_weights, dtype=dtype, sam3_frames=3)
-    frames = [np.roll(red_picture(), 3 * number, axis=1) for number in range(7)]
-    made = list(engine.masks_of_clip(iter(frames), None))
+    read = []
+
+    def frames():
+        for number in range(7):
+            read.append(number)
+            yield np.roll(red_picture(), 3 * number, axis=1)
+
+    masks = engine.masks_of_clip(frames(), None)
+    made = [next(masks)]
+    assert read == [0, 1, 2], "no more frames than a chunk has are in memory"
+    made += masks
     assert len(made) == 7
     assert all(one.mask.shape == (48, 80) and one.mask.dtype == np.uint8 for one in made)
     assert engine.video[0].dtype == getattr(torch, dtype)
