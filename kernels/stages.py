@@ -32,8 +32,9 @@ class Stages(NamedTuple):
 
     @classmethod
     def of(cls, config: MaskedLossConfig) -> Stages:
+        binarize = None if config.binarize is None else max(config.binarize, SNAP.value)
         gamma = None if config.gamma == 1 else config.gamma
-        return cls(config.binarize, gamma, config.min_weight, config.prior_threshold)
+        return cls(binarize, gamma, config.min_weight, config.prior_threshold)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

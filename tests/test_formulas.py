@@ -1,8 +1,10 @@
 """The reference itself: against loops written from docs/formula.md, against closed facts, and by finite differences."""
 
+import dataclasses
 import json
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def by_hand(pred, target, prior, mask, config: MaskedLossConfig) -> float:
     for b in range(batch):
         m = area_average(np.clip(mask[b], 0, 1), tuple(grid))
         if config.binarize is not None:
-            m = (m > config.binarize).astype(float)
+            m = (m > max(config.binarize, 1e-6)).astype(float)
         raw = 1 - m if config.invert else m
         w = raw**config.gamma
         u = config.min_weight
@@ -77,20 +79,26 @@ def by_hand(pred, target, prior, mask, config: MaskedLossConfig) -> float:
     return float((target_term + config.prior_weight * prior_term).mean())
 
 
+# Every stage that `by_hand` spells out, switched on somewhere.
+STAGES = [
+    {},
+    {"gamma": 0.6, "min_weight": 0.1},
+    {"invert": True, "min_weight": 0.2, "floor": "clamp"},
+    {"binarize": 0.5, "area_scale_beta": 0.7},
+    {"prior_threshold": 0.45, "gamma": 2.0, "prior_weight": 0.3, "eps": 0.1},
+]
+
+
+def test_every_field_is_compared_with_the_table():
+    here = {"loss_type", "loss_delta", "normalization", "per_sample"}.union(*STAGES)
+    elsewhere = {"resample", "blur_kernel_size"}  # tests below, by torch's functions
+    assert here | elsewhere == {field.name for field in dataclasses.fields(MaskedLossConfig)}
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("normalization", ["weighted_mean", "mean_one", "mean"])
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gamma": 0.6, "min_weight": 0.1},
-        {"invert": True, "min_weight": 0.2, "floor": "clamp"},
-        {"binarize": 0.5, "area_scale_beta": 0.7},
-        {"prior_threshold": 0.45, "gamma": 2.0},
-    ],
-    ids=lambda options: "+".join(options) or "default",
-)
+@pytest.mark.parametrize("options", STAGES, ids=lambda options: "+".join(options) or "default")
 def test_the_reference_is_the_contract(loss_type, normalization, per_sample, options):
     config = MaskedLossConfig(
         loss_type=loss_type, loss_delta=0.7, normalization=normalization, per_sample=per_sample, **options
@@ -194,6 +202,31 @@ def test_two_quadratic_terms_are_one():
     b = 0.8 * (1 - mask) / ((1 - mask).sum() * 4)
     collapsed = (a * target + b * prior) / (a + b)
     torch.testing.assert_close(gradient, 2 * (a + b) * (pred - collapsed).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(("mask", "above"), [
+    ([0.0, 1.0], [0, 0, 1, 1, 1, 1]),  # `bilinear` to six: the second is a whole pixel away from the white one, float32 says 1.5e-8
+    ([0.0, 5e-7, 2e-6, 0.0, 1.0, 1e-30], [0, 0, 1, 0, 1, 0]),
+])  # fmt: skip
+def test_rounding_is_not_above_a_threshold_of_0(device, backend, mask, above):
+    pred = torch.zeros(1, 1, 1, 1, 6, device=device, requires_grad=True)
+    config = MaskedLossConfig(resample="bilinear", binarize=0.0, normalization="mean")
+    mask = torch.tensor([[mask]], device=device)
+    masked_loss(pred, torch.ones_like(pred).detach(), mask, config, backend=backend).backward()
+    assert (pred.grad != 0).flatten().tolist() == [bool(one) for one in above]
+
+
+@pytest.mark.parametrize("size", [3, 5, 9, 31])
+def test_the_blur_is_the_gaussian_of_the_table(size):
+    """OpenCV's of that sigma: it would take fixed taps for small sizes."""
+    sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
+    mask = torch.rand(1, 2, 12, 17, dtype=torch.float64)
+    wanted = [
+        cv2.GaussianBlur(frame, (size, size), sigma, borderType=cv2.BORDER_REPLICATE) for frame in mask[0].numpy()
+    ]
+    got, _ = mask_weights(mask, MaskedLossConfig(blur_kernel_size=size), shape=(1, 2, 12, 17))
+    np.testing.assert_allclose(got[0].numpy(), np.stack(wanted), atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

@@ -93,7 +93,7 @@ def raw_mask(
     m = resample(read(mask, dtype), grid, config.resample)
     if config.binarize is not None:
         # The threshold is one of float32 in every backend, also where the mask is float64.
-        m = (m.float() > config.binarize).to(dtype)
+        m = (m.float() > max(config.binarize, SNAP)).to(dtype)
     return 1 - m if config.invert else m
 
 
