@@ -25,11 +25,10 @@ from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
-    binarized_and_inverted,
     error_and_slope,
+    raw_of,
     read,
     sample_gates,
-    snapped,
     target_and_prior_weight,
 )
 from masked_loss_triton.kernels.sums import (
@@ -113,10 +112,10 @@ def weights_at(
             else:
                 mask_offsets = start + (at[0] * mask.f + at[1] * mask.h + at[2] * mask.w)
             m = read(tl.load(mask.ptr + mask_offsets, mask=inside, other=0))
-            m = binarized_and_inverted(m, stages, OPTIONS)
+            m = raw_of(m, stages, OPTIONS)
         prior_gate, mask_gate = sample_gates(gates, b)
         w, v = target_and_prior_weight(m, m, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
-        m = tl.where(mask_gate, snapped(m), 1.0)
+        m = tl.where(mask_gate, m, 1.0)
     return m, w, v
 
 

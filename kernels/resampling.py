@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, common_divisor
-from masked_loss_triton.kernels.stages import binarized_and_inverted, number, read, smaller, split_position
+from masked_loss_triton.kernels.stages import number, raw_of, read, smaller, split_position
 
 
 class Resampling(NamedTuple):
@@ -205,7 +205,7 @@ def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr
         m, minus_most = averaged(mask_ptr, at, valid, grid, how, OPTIONS)
     else:
         m, minus_most = resampled(mask_ptr, at, valid, grid, how, OPTIONS)
-    return binarized_and_inverted(m, stages, OPTIONS), minus_most
+    return raw_of(m, stages, OPTIONS), minus_most
 
 
 def resampling_of(

@@ -1,6 +1,6 @@
 """The stages of a loss, one helper each, that the kernels share; the table of the stages is in docs/formula.md.
 
-m = resample(clamp(mask));  m = [m > th];  m = 1 - m                    the raw mask, stages 0 to 2
+m = snap(resample(clamp(mask)));  m = [m > th];  m = 1 - m              the raw mask, stages 0 to 2
 w = floor(snap(blur(m)) ** gamma);  v = 1 - w  or  [m < th]             the weights, stages 3 to 7
 rho(d), rho'(d)                                                         the error, stage 8
 """
@@ -32,9 +32,8 @@ class Stages(NamedTuple):
 
     @classmethod
     def of(cls, config: MaskedLossConfig) -> Stages:
-        binarize = None if config.binarize is None else max(config.binarize, SNAP.value)
         gamma = None if config.gamma == 1 else config.gamma
-        return cls(binarize, gamma, config.min_weight, config.prior_threshold)
+        return cls(config.binarize, gamma, config.min_weight, config.prior_threshold)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +85,9 @@ def snapped(m):
 
 
 @triton.jit
-def binarized_and_inverted(m, stages, OPTIONS: tl.constexpr):
-    """The raw mask after the end of stage 1 and stage 2."""
+def raw_of(m, stages, OPTIONS: tl.constexpr):
+    """The raw mask of a resampled one: what comes between the stages 1 and 2, and stage 2."""
+    m = snapped(m)
     if stages.binarize is not None:
         m = tl.where(m > stages.binarize, 1.0, 0.0)
     if OPTIONS.INVERT:
@@ -112,8 +112,8 @@ def power(x, exponent):
 def target_and_prior_weight(
     raw, blurred, prior_gate, mask_gate, stages, OPTIONS: tl.constexpr, HAS_PRIOR: tl.constexpr
 ):
-    """(w, v): stages 4 to 7, the snap before them included."""
-    w = snapped(blurred)
+    """(w, v): stages 4 to 7. Without a blur, `blurred` is the raw mask."""
+    w = blurred
     if stages.gamma is not None:
         w = power(w, stages.gamma)
     if OPTIONS.FLOOR == "affine":

@@ -22,11 +22,10 @@ SUM_W = tl.constexpr(0)
 SUM_V = tl.constexpr(1)
 SUM_RAW = tl.constexpr(2)
 SUM_OVERLAP = tl.constexpr(3)
-SUM_INSIDE = tl.constexpr(4)
-SUM_OUTSIDE = tl.constexpr(5)
-MIN_RAW = tl.constexpr(6)  # then, as minima too, of -raw, w, -w, v, -v, and of the negated mask before it is clamped
+SUM_OUTSIDE = tl.constexpr(4)
+MIN_RAW = tl.constexpr(5)  # then, as minima too, of -raw, w, -w, v, -v, and of the negated mask before it is clamped
 PLANES = 3
-PLANES_WITH_STATS = 13
+PLANES_WITH_STATS = 12
 
 # Numbers of other programs that are read at once, eight by each thread: a longer row costs another round to memory.
 BLOCK_SUMS = tl.constexpr(1024)
@@ -199,7 +198,7 @@ def write_weight_stats(partials_ptr, stats_ptr, count, positions, OPTIONS: tl.co
 @triton.jit
 def write_error_stats(terms_ptr, programs, partials_ptr, stats_ptr, count, channels, HAS_PRIOR, OPTIONS: tl.constexpr):
     """Mean errors to target and prior inside and outside of the mask: columns 14 to 17. 0 where there is no such place."""
-    inside = plane_total(partials_ptr, count, SUM_INSIDE, OPTIONS) * channels
+    inside = plane_total(partials_ptr, count, SUM_RAW, OPTIONS) * channels
     outside = plane_total(partials_ptr, count, SUM_OUTSIDE, OPTIONS) * channels
     inside = tl.where(inside == 0.0, 1.0, inside)
     outside = tl.where(outside == 0.0, 1.0, outside)

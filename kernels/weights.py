@@ -35,7 +35,6 @@ from masked_loss_triton.kernels.sums import (
     MIN_RAW,
     PLANES,
     PLANES_WITH_STATS,
-    SUM_INSIDE,
     SUM_OUTSIDE,
     SUM_OVERLAP,
     SUM_RAW,
@@ -56,7 +55,7 @@ class MaskWeights(NamedTuple):
     ticket_ptr: torch.Tensor  # () int32, set to 0 for the loss kernel that follows
     w_ptr: torch.Tensor | None  # (B, F or 1, H, W) float32, contiguous; None: made from the mask in registers
     v_ptr: torch.Tensor | None
-    m_ptr: torch.Tensor | None  # the raw mask, snapped, for the statistics
+    m_ptr: torch.Tensor | None  # the raw mask, for the statistics
 
 
 class Blur(NamedTuple):
@@ -163,7 +162,6 @@ def weights_kernel(
     sum_raw = tl.zeros((BLOCK,), tl.float32)
     if OPTIONS.STATS:
         sum_overlap = tl.zeros((BLOCK,), tl.float32)
-        sum_inside = tl.zeros((BLOCK,), tl.float32)
         sum_outside = tl.zeros((BLOCK,), tl.float32)
         most = tl.full((BLOCK,), float("inf"), tl.float32)
         extremes = (most, most, most, most, most, most, most)
@@ -187,7 +185,7 @@ def weights_kernel(
                 _, row, column = place(position, grid, OPTIONS)
                 cell = row * grid[2] + column
             raw = tl.load(sample_ptr + cell, mask=valid, other=0.0)
-            blurred = blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS)
+            blurred = snapped(blurred_mask(sample_ptr, position, valid, grid, blur, OPTIONS))
             minus_most = -raw
             if OPTIONS.STATS:
                 blocks = (positions + BLOCK - 1) // BLOCK
@@ -206,11 +204,9 @@ def weights_kernel(
         sum_raw += tl.where(valid, raw, 0.0)
         if OPTIONS.STATS:
             sum_overlap += tl.where(valid, tl.where(w < v, w, v), 0.0)
-            inside = snapped(raw)
             if result.m_ptr is not None:
-                tl.store(result.m_ptr + b * positions + position, inside, mask=valid)
-            sum_inside += tl.where(valid, inside, 0.0)
-            sum_outside += tl.where(valid, 1.0 - inside, 0.0)
+                tl.store(result.m_ptr + b * positions + position, raw, mask=valid)
+            sum_outside += tl.where(valid, 1.0 - raw, 0.0)
             extremes = lower(extremes, (raw, -raw, w, -w, v, -v, minus_most), valid)
 
     tiles = tl.num_programs(0)
@@ -221,7 +217,6 @@ def weights_kernel(
     tl.store(partial_ptr + SUM_RAW * plane, tl.sum(sum_raw, axis=0) * repeats)
     if OPTIONS.STATS:
         tl.store(partial_ptr + SUM_OVERLAP * plane, tl.sum(sum_overlap, axis=0) * repeats)
-        tl.store(partial_ptr + SUM_INSIDE * plane, tl.sum(sum_inside, axis=0) * repeats)
         tl.store(partial_ptr + SUM_OUTSIDE * plane, tl.sum(sum_outside, axis=0) * repeats)
         for which in tl.static_range(7):
             tl.store(partial_ptr + (MIN_RAW + which) * plane, tl.reduce(extremes[which], 0, smaller))

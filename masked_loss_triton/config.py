@@ -3,7 +3,7 @@
 The stages of the loss, in order, with the field that sets each; docs/formula.md has the formulas whole:
 
     0  read             m = mask / 255, or clamped to [0, 1]
-    1  resample         m to the (F, H, W) of the loss             resample
+    1  resample         m to the (F, H, W) of the loss; then snap  resample
        binarize         m = [m > threshold]                        binarize
     2  invert           m = 1 - m, the raw mask                    invert
     3  blur             Gaussian over H and W; then snap to 0, 1   blur_kernel_size

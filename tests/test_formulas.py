@@ -217,6 +217,17 @@ def test_rounding_is_not_above_a_threshold_of_0(device, backend, mask, above):
     assert (pred.grad != 0).flatten().tolist() == [bool(one) for one in above]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_rounding_has_no_area(device, backend):
+    """What `bicubic` leaves of a white mask that is inverted is no area whose root could scale the target's term."""
+    pred = torch.zeros(1, 1, 1, 7, 9, device=device, requires_grad=True)
+    mask = torch.ones(1, 4, 5, device=device)
+    config = MaskedLossConfig(resample="bicubic", invert=True, min_weight=0.1, area_scale_beta=0.5)
+    loss, stats = masked_loss(pred, torch.ones_like(pred).detach(), mask, config, backend=backend, return_stats=True)
+    assert loss == stats.raw_max == stats.error_inside == 0
+    assert stats.error_outside == pytest.approx(1)
+
+
 @pytest.mark.parametrize("size", [3, 5, 9, 31])
 def test_the_blur_is_the_gaussian_of_the_table(size):
     """OpenCV's of that sigma: it would take fixed taps for small sizes."""

@@ -73,7 +73,7 @@ def loss(
         b = None if inputs.prior is None else _times(v, r)
     kept = (raw, w, v) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
-    inside = None if kept is None else stages.snap(kept[0]).unsqueeze(1)
+    inside = None if kept is None else kept[0].unsqueeze(1)
     delta = inputs.delta(config, torch.float32)
     deltas = delta if isinstance(delta, torch.Tensor) else None
     operands = Operands(inputs.pred, inputs.target, inputs.latents, inputs.prior, a, b, deltas, inside)

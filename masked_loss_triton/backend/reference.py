@@ -41,7 +41,7 @@ def loss(
         prior_term, drift = term(r, v, inputs.prior.to(dtype))
     stats = None
     if return_stats:
-        inside = stages.snap(raw.detach())
+        inside = raw.detach()
         sums = [(where * x).sum() for x in (errors, drift) for where in (inside, 1 - inside)]
         means = stages.mean_errors(sums, inside, inputs.batch * inputs.channels)
         stats = MaskedLossStats.from_weights(target_term, prior_term, raw, w, v, means, inputs.mask)

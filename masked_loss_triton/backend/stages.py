@@ -90,10 +90,10 @@ def raw_mask(
     """Stages 0 to 2: the mask at the size of the loss, (B or 1, F, H, W), inverted if asked, not yet blurred."""
     if mask is None:
         return torch.ones((1, *grid), dtype=dtype, device=like.device)
-    m = resample(read(mask, dtype), grid, config.resample)
+    m = snap(resample(read(mask, dtype), grid, config.resample))
     if config.binarize is not None:
         # The threshold is one of float32 in every backend, also where the mask is float64.
-        m = (m.float() > max(config.binarize, SNAP)).to(dtype)
+        m = (m.float() > config.binarize).to(dtype)
     return 1 - m if config.invert else m
 
 
@@ -108,7 +108,7 @@ def target_and_prior_weights(
 
     Without a prior its region is empty, and takes nothing from the target.
     """
-    w = snap(blur(raw, config.blur_kernel_size) if config.blur_kernel_size > 1 else raw)
+    w = snap(blur(raw, config.blur_kernel_size)) if config.blur_kernel_size > 1 else raw
     if config.gamma != 1:
         w = w**config.gamma
     if config.floor not in FLOORS:
@@ -142,7 +142,7 @@ def mean_errors(
     """(error_inside, error_outside, drift_inside, drift_outside) of the stats; 0 where there is no such place.
 
     Args:
-        sums: of the plain errors in that order, 0-d. inside: the raw mask, snapped, (B or 1, ...).
+        sums: of the plain errors in that order, 0-d. inside: the raw mask, (B or 1, ...).
         copies: how many elements of the loss a value of a whole batch's `inside` stands for: samples times channels.
     """
     counts = [where.sum() * (copies / len(where)) for where in (inside, 1 - inside)]

@@ -118,10 +118,9 @@ class RoutedWeights:
         raw = stages.raw_mask(mask, (frames, height, width), self.config, self.target, torch.float32)
         config = MaskedLossConfig(loss_type=self.config.loss_type, loss_delta=self.config.loss_delta)
         options = {name: value for name, value in call.items() if name in ("layout", "backend", "loss_delta")}
-        inside = stages.snap(raw)
         means = []
         for other in (target, prior):
-            for where in (inside, 1 - inside):
+            for where in (raw, 1 - raw):
                 if other is None:
                     means.append(target_term.new_zeros(()))
                 else:

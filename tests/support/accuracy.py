@@ -19,7 +19,7 @@ LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-6
 GAMMA_TOLERANCE = 4e-6
 # Rounding of one float32 number of order 1, times the longest chain of them in the stages of a weight.
-WEIGHT_ROUNDING = 6e-7
+WEIGHT_ROUNDING = 8e-7
 
 
 def double(value):
