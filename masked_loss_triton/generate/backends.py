@@ -10,43 +10,55 @@ import argparse
 import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.generate.prompts import MaskRequest
 
+
+class Entry(NamedTuple):
+    """A line of the tables.
+
+    Attributes:
+        module: its file in this folder, without .py.
+        masks: for one that reads no words, what its one layer is called; else empty.
+        on_the_cpu: it needs no GPU.
+    """
+
+    module: str
+    masks: str = ""
+    on_the_cpu: bool = False
+
+    def load(self) -> Any:
+        """Imports the module."""
+        return importlib.import_module(f"{__package__}.{self.module}")
+
+
 DETECTORS = {
-    "florence2": "masked_loss_triton.generate.florence2",
-    "u2net": "masked_loss_triton.generate.saliency",
-    "box": "masked_loss_triton.generate.box",
+    "florence2": Entry("florence2"),
+    "u2net": Entry("saliency", masks="what stands out", on_the_cpu=True),
+    "box": Entry("box", masks="the box", on_the_cpu=True),
 }
 SEGMENTERS = {
-    "sam2": "masked_loss_triton.generate.sam2",
-    "u2net": "masked_loss_triton.generate.saliency",
-    "grabcut": "masked_loss_triton.generate.grabcut",
+    "sam2": Entry("sam2"),
+    "u2net": Entry("saliency", on_the_cpu=True),
+    "grabcut": Entry("grabcut", on_the_cpu=True),
 }
 # Both in one, from files beside the picture; `load` returns an engine.
 WHOLE = {
-    "difference": "masked_loss_triton.generate.difference",
-    "static": "masked_loss_triton.generate.static",
-    "whole": "masked_loss_triton.generate.whole",
+    "difference": Entry("difference", masks="what differs", on_the_cpu=True),
+    "static": Entry("static", masks="what changes", on_the_cpu=True),
+    "whole": Entry("whole", masks="everything", on_the_cpu=True),
 }
 # Both in one, by words; `load` returns an engine.
-BY_WORDS = {"sam3": "masked_loss_triton.generate.sam3"}
+BY_WORDS = {"sam3": Entry("sam3")}
 ENGINES = {**BY_WORDS, **WHOLE}
 ALIASES = {"u2net": "u2net+u2net", "grabcut": "box+grabcut"}
 DEFAULT = "auto"
-# Detectors that read no words, and what their one layer is called.
-WORDLESS = {
-    "u2net": "what stands out",
-    "box": "the box",
-    "difference": "what differs",
-    "static": "what changes",
-    "whole": "everything",
-}
-ON_THE_CPU = ("u2net", "box", "grabcut", *WHOLE)
+# What reads no words, and what its one layer is called.
+WORDLESS = {name: entry.masks for name, entry in {**DETECTORS, **ENGINES}.items() if entry.masks}
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom excluded
 
@@ -97,9 +109,9 @@ class Segmenter(Protocol):
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all detectors and segmenters, a group for each."""
     tables = {"detector": DETECTORS, "segmenter": SEGMENTERS, "backend": ENGINES}
-    for name, module in {**DETECTORS, **SEGMENTERS, **ENGINES}.items():
+    for name, entry in {**DETECTORS, **SEGMENTERS, **ENGINES}.items():
         kinds = [kind for kind, table in tables.items() if name in table]
-        importlib.import_module(module).add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
+        entry.load().add_arguments(parser.add_argument_group(f"{' and '.join(kinds)} {name}"))
 
 
 def split_backend(backend: str) -> tuple[str, str]:
@@ -175,8 +187,15 @@ def flags_of(backend: str | Any, models: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in models.items() if key.startswith(prefixes)}
 
 
-def _modules(backend: str) -> list[Any]:
-    if backend in ENGINES:
-        return [importlib.import_module(ENGINES[backend])]
+def entries(backend: str) -> list[Entry]:
+    """Returns the lines of the tables that a backend is made of.
+
+    Raises:
+        UserError: see `split_backend`.
+    """
     detector, segmenter = split_backend(backend)
-    return [importlib.import_module(module) for module in (DETECTORS[detector], SEGMENTERS[segmenter])]
+    return [ENGINES[backend]] if backend in ENGINES else [DETECTORS[detector], SEGMENTERS[segmenter]]
+
+
+def _modules(backend: str) -> list[Any]:
+    return [entry.load() for entry in entries(backend)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from masked_loss_triton.files.ray_engine import run_ray, stamp
 from masked_loss_triton.files.shard import Shard, shard_lock
-from masked_loss_triton.generate.backends import ON_THE_CPU, split_backend
+from masked_loss_triton.generate.backends import entries
 from masked_loss_triton.generate.batches import Done, Generation, Worker
 from masked_loss_triton.generate.jobs import Job
 
@@ -32,7 +32,7 @@ def generate_masks_on_ray(
         options: of `run_ray`: workers, num_gpus, address, debug.
     """
     batches = [[(job, stamp(job.target)) for job in batch] for batch in generation.batches(jobs)]
-    if generation.device == "cpu" or set(split_backend(generation.backend)) <= set(ON_THE_CPU):
+    if generation.device == "cpu" or all(entry.on_the_cpu for entry in entries(generation.backend)):
         options["num_gpus"] = options.get("num_gpus") or 0.0
     guard = functools.partial(_guard, generation.masks, shard, run)
     for finished in run_ray(functools.partial(_make, generation), batches, _lost, split=_split, guard=guard, **options):

@@ -36,7 +36,7 @@ def test_every_flag_begins_with_the_name_of_a_module():
     parser = argparse.ArgumentParser(add_help=False)
     add_backend_arguments(parser)
     tables = (DETECTORS, SEGMENTERS, BY_WORDS, WHOLE)
-    names = tuple(module.rpartition(".")[2] + "_" for table in tables for module in table.values())
+    names = tuple(f"{entry.module}_" for table in tables for entry in table.values())
     assert [flag for flag in vars(parser.parse_args([])) if not flag.startswith(names)] == []
 
 
