@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, mask_weights, masked_loss
+from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.routing import plan_routing, through
 
@@ -286,9 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     loss.add_argument("--invert_mask", action="store_true")
     loss.add_argument("--mask_blur_kernel_size", type=int, default=0)
     loss.add_argument("--mask_probability", type=float, default=1.0, help="how often a sample trains with its mask")
-    loss.add_argument("--mask_normalization", choices=["weighted_mean", "mean_one", "mean"], default="weighted_mean")
+    loss.add_argument("--mask_normalization", choices=NORMALIZATIONS, default="weighted_mean")
     loss.add_argument("--normalize_per_sample", action="store_true")
-    loss.add_argument("--loss_type", choices=["mse", "huber", "smooth_l1", "l1"], default="mse")
+    loss.add_argument("--loss_type", choices=LOSS_TYPES, default="mse")
     loss.add_argument("--loss_delta", type=float, default=1.0)
     loss.add_argument("--prior_weight", type=float, default=0.0, help="holds what the mask leaves out; 0 is off")
     loss.add_argument("--prior_mask_threshold", type=float)

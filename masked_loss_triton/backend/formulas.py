@@ -1,6 +1,7 @@
 """The error of one element and its slope, for each kind of loss: stage 8 of docs/formula.md as a table.
 
-The reference and the torch backend compute with it, the kernel has a branch for each name, and tests compare the two.
+The reference and the torch backend compute with it, the kernel has a branch for each name, and tests compare the two. In the
+reference autograd differentiates the error: both sides of a `torch.where` in it must be finite.
 """
 
 from __future__ import annotations

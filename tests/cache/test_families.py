@@ -64,9 +64,14 @@ def test_one_entry_is_enough(tmp_path, monkeypatch, capsys, command):
     assert lab.run(command, "--masks", lab.masks, *flags) == 0
 
 
-@pytest.mark.parametrize(("family", "cell"), [("kontext", 8), ("flux2", 16), ("ideogram4", 16), ("hidream", 32)])
-def test_latents_without_a_frame_axis_and_tokens_take_the_same_mask(tmp_path, capsys, family, cell):
+# Pixels of a latent cell, where that is not 8; trainers write it nowhere, the caches' sizes say it.
+CELLS = {"flux2": 16, "ideogram4": 16, "hidream": 32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_of_every_family_takes_the_same_mask(tmp_path, capsys, family):
     """Kontext has no F in the tensor, FLUX.2 none in the name either, HiDream-O1 patches of pixels with the channels last."""
+    cell = CELLS.get(family, 8)
     labs = [Lab(tmp_path / name, FAMILIES[name].suffixes[0], (160, 96)) for name in (family, "wan")]
     for lab in labs:
         lab.picture("a", (160, 96), mask=disc((160, 96)))

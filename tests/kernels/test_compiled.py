@@ -114,6 +114,7 @@ import torch
 from bench.cases import Call
 from bench.lab.launches import DEVICES, launches_of
 from masked_loss_triton import MaskedLossConfig
+from masked_loss_triton.config import LOSS_TYPES
 def compiled(shape, mask, config=MaskedLossConfig(), **prior):
     pred = torch.randn(shape, requires_grad=True)
     call = Call(pred, torch.randn(shape), mask, prior.get("prior"), config, "channels_first")
@@ -130,11 +131,13 @@ compiled((1, 16, 3, 1, 4), (m(1, 1, 8, 1) * 255).to(torch.uint8).transpose(2, 3)
 compiled((1, 3, 1, 1, 5), m(1, 1, 1, 2), MaskedLossConfig(resample="bilinear"))
 compiled((2, 3, 4, 6, 5), m(2, 1, 3, 2), MaskedLossConfig(resample="bicubic"))
 compiled((2, 4, 4, 6, 6), m(1, 1, 1, 48).expand(2, 1, 48, 48))
+for kind in LOSS_TYPES:
+    compiled((1, 16, 2, 6, 5), m(1, 1, 6, 5), MaskedLossConfig(loss_type=kind, loss_delta=0.3))
 """
 
 
 @pytest.mark.slow
-def test_sizes_and_strides_of_one_compile():
+def test_sizes_and_strides_of_one_and_every_kind_of_loss_compile():
     finished = python("-c", ODD)
     assert finished.returncode == 0, finished.stderr
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from masked_loss_triton.config import LOSS_TYPES
 from masked_loss_triton.errors import UserError
 from masked_loss_triton.integration.musubi import options
 from masked_loss_triton.integration.musubi.caches import inspect_caches
@@ -30,7 +31,7 @@ BAD = [
     ("mask_area_scale_beta", -1.0, "must be >= 0"),
     ("mask_probability", 1.5, "must be in [0, 1], got 1.5"),
     ("mask_probability", float("nan"), "must be in [0, 1], got nan"),
-    ("loss_type", "l2", "must be one of mse, huber, smooth_l1, l1"),
+    ("loss_type", "l2", f"must be one of {', '.join(LOSS_TYPES)}"),
     ("loss_delta", 0.0, "must be > 0"),
     ("inverted_mask_prior_weight", -0.5, "must be >= 0"),
     ("prior_mask_threshold", 2.0, "must be in [0, 1]"),
