@@ -36,7 +36,7 @@ def check(backend, device, drawn, grad_output):
             mean = wanted_stats.raw_mean if name.endswith("_inside") else 1 - wanted_stats.raw_mean
             tolerance += float(6e-7 / max(mean, 1e-12)) * max(largest, largest**2)
         if name == "mask_max" and backend == "triton" and config.resample != "area":
-            assert got <= want  # of the values that are read
+            assert got <= want * (1 + 1e-7)  # of the values that are read
         elif name not in ("loss", "target_term", "prior_term", "prior_share"):
             torch.testing.assert_close(
                 got.double(), want.double(), atol=tolerance, rtol=4e-6, msg=lambda m, n=name: f"{n}: {m}"
