@@ -25,6 +25,8 @@ PARSERS = ["ocr", "phrase_grounding", "pure_text", "description_with_bboxes", "d
 PARSERS += ["bboxes", "description_with_bboxes_or_polygons"]
 
 TRAINED_SAM2 = Path(__file__).parent / "trained_sam2.safetensors"
+TRAINED_FLORENCE2 = Path(__file__).parent / "trained_florence2.safetensors"
+TRAINED_SIDE = 128  # of its pictures, pixels
 
 
 def save_weights(model, file: Path) -> None:
@@ -67,10 +69,40 @@ def florence2(folder: Path, lessons: list[tuple[np.ndarray, str, str]] = (), ste
 
     Random weights answer nothing, so it learns a few lessons by heart: picture, task with words, answer.
     """
+    model, processor = new_florence2(folder, 64, [16, 16, 16, 16], 32)
+    if lessons:
+        learn(model.eval(), processor, lessons, steps)
+    return save_florence2(model, processor, folder)
+
+
+def wider_florence2(folder: Path) -> Path:
+    """One that is large enough to be trained, see `train_florence2.py`: a picture is sixteen tokens and one more."""
+    return save_florence2(*new_florence2(folder, TRAINED_SIDE, [16, 32, 48, 64], 64), folder)
+
+
+def trained_florence2(folder: Path) -> Path:
+    """The same, trained on shapes."""
+    from safetensors.torch import load_file
+    from transformers import Florence2ForConditionalGeneration
+
+    model = Florence2ForConditionalGeneration.from_pretrained(wider_florence2(folder))
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(TRAINED_FLORENCE2).items()})
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_florence2(model, processor, folder: Path) -> Path:
+    """Saves both as the hub has them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def new_florence2(folder: Path, side: int, widths: list[int], width: int):
+    """Model and processor, with random weights. `widths` are of the four stages that see, `width` of the text."""
     from transformers import CLIPImageProcessor, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
 
     words = tokenizer(folder / "words")
-    side = 64
     pixels = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
     pixels.image_seq_length = (side // 32) ** 2 + 1
     processor = Florence2Processor(
@@ -78,30 +110,25 @@ def florence2(folder: Path, lessons: list[tuple[np.ndarray, str, str]] = (), ste
     )
     vision = {
         "depths": [1, 1, 1, 1],
-        "embed_dim": [16, 16, 16, 16],
+        "embed_dim": widths,
         "num_heads": [2, 2, 2, 2],
         "num_groups": [2, 2, 2, 2],
         "window_size": 4,
-        "projection_dim": 32,
+        "projection_dim": width,
     }
     text = {
         "model_type": "bart",
         "vocab_size": len(words),
-        "d_model": 32,
+        "d_model": width,
         **dict.fromkeys(["encoder_layers", "decoder_layers"], 1),
         **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2),
-        **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], 32),
+        **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], width),
         "max_position_embeddings": 1024,
         "forced_eos_token_id": None,
     }
     torch.manual_seed(5)
     config = Florence2Config(vision_config=vision, text_config=text, image_token_id=words.image_token_id)
-    model = Florence2ForConditionalGeneration(config)
-    if lessons:
-        learn(model.eval(), processor, lessons, steps)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return Florence2ForConditionalGeneration(config), processor
 
 
 def learn(model, processor, lessons, steps: int) -> None:
