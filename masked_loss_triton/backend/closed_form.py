@@ -226,9 +226,10 @@ def _elements(
     if latents is not None:
         # Rounded to float32 once, as in the other backends.
         target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
-    error, slope = error_and_slope(pred - target, options.loss_type, delta)
+    plain = not torch.compiler.is_compiling()
+    error, slope = error_and_slope(pred - target, options.loss_type, delta, overwrite=plain)
     if prior is None or b is None:
         return error, None, torch.mul(slope, a, out=out)
     gradient = slope.mul_(a)
-    prior_error, slope = error_and_slope(pred - prior.float(), options.loss_type, delta)
+    prior_error, slope = error_and_slope(pred - prior.float(), options.loss_type, delta, overwrite=plain)
     return error, prior_error, torch.addcmul(gradient, slope, b, out=out)
