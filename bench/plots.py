@@ -150,7 +150,8 @@ def routing(rows: Rows, folder: pathlib.Path) -> list[str]:
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set_visible(len({row["step"] for row in of_model}) > 1)
-        line[2].legend(fontsize=6.5, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1))  # beside: no place inside is free
+        # Beside: no place inside is free.
+        line[2].legend(fontsize=6.5, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1))
     return _save(figure, folder, "routing", "error and drift against steps and time, by the share of tokens kept")
 
 
