@@ -44,6 +44,8 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
     raw, w, v = call_weights(inputs, config, torch.float64)
     sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
     s, r = loss_factors(*sums, inputs, config)
+    # A root is steep near 0: what a small mask value is off by counts for more in its weight.
+    steepness = (config.gamma * raw.clamp(1e-6, 1) ** (config.gamma - 1)).clamp_min(1).unsqueeze(1)
 
     def magnitude(factor, weight, other):
         """(size of this term of the gradient, what the rounding of its weight may change it by), per element."""
@@ -54,9 +56,10 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
         exact = factor * weight * slope
         if not (config.invert or config.resample == "bicubic" or weight_is_difference(other)):
             return exact, torch.zeros_like(exact)
-        # A factor is one over a sum: where the weights of that sum are noise, so is the factor.
-        noise = WEIGHT_ROUNDING * (weight > 0).sum() / weight.sum().clamp_min(1e-30)
-        return exact, WEIGHT_ROUNDING * factor * slope + exact * noise
+        # A factor is one over a sum, times a power of another: where the weights of that sum are noise, so is the factor.
+        noise = WEIGHT_ROUNDING * ((weight > 0).sum() / weight.sum().clamp_min(1e-30))
+        noise = noise + config.area_scale_beta * WEIGHT_ROUNDING * ((raw > 0).sum() / raw.sum().clamp_min(1e-30))
+        return exact, WEIGHT_ROUNDING * steepness * factor * slope + exact * noise
 
     def weight_is_difference(other):
         return other is inputs.prior or config.prior_threshold is not None
