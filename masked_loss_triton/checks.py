@@ -19,6 +19,11 @@ _MASK_SHAPES = "(B, 1, Fm, Hm, Wm), (B, Fm, Hm, Wm), (B, 1, Hm, Wm) or (B, Hm, W
 
 
 def checked_tensor(name: str, value: Any) -> torch.Tensor:
+    """Returns a tensor as kernels can read it.
+
+    Raises:
+        TypeError: for what is no tensor.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     # A view of an imaginary part may say "negate me", which kernels do not read.
@@ -26,17 +31,24 @@ def checked_tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def check_dtype(name: str, value: torch.Tensor, accepted: tuple[torch.dtype, ...], hint: str = "") -> None:
+    """Raises a TypeError for a dtype that is not accepted; `hint` ends the message."""
     if value.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise TypeError(f"{name} must be one of {names}, got {str(value.dtype).removeprefix('torch.')}{hint}")
 
 
 def check_device(name: str, value: torch.Tensor, pred: torch.Tensor) -> None:
+    """Raises a ValueError for a tensor on another device than pred."""
     if value.device != pred.device:
         raise ValueError(f"{name} is on {value.device} and pred on {pred.device}: move {name} to {pred.device}")
 
 
 def like_pred(name: str, value: Any, pred: torch.Tensor, layout: str) -> torch.Tensor:
+    """Returns a tensor of the shape and device of pred as a view (B, C, F, H, W).
+
+    Raises:
+        TypeError, ValueError: for another shape, dtype or device.
+    """
     tensor = checked_tensor(name, value)
     if tensor.shape != pred.shape:
         raise ValueError(f"{name} must have the shape of pred, {tuple(pred.shape)}, got {tuple(tensor.shape)}")

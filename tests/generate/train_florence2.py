@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from tests.generate.shapes import COLOURS, Box, Thing, scene
 from tests.generate.tiny import TRAINED_FLORENCE2, TRAINED_SIDE, save_weights, wider_florence2
+from tests.generate.training import fit
 
 TASK = "<OPEN_VOCABULARY_DETECTION>"
 BINS = 1000
@@ -93,11 +93,9 @@ def train(folder: Path, steps: int, seed: int = 0):
     tokens: list[torch.Tensor] = []  # of the pictures, as the text part gets them
     model.model.multi_modal_projector.register_forward_hook(lambda _module, _given, result: tokens.append(result))
     reads = torch.nn.Linear(model.config.text_config.d_model, 4 * len(COLOURS))
-    optimizer = torch.optim.AdamW([*model.parameters(), *reads.parameters()], lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
-    rng, started = np.random.default_rng(seed), time.process_time()
-    recent, off = [], []
-    for step in range(1, steps + 1):
+    rng = np.random.default_rng(seed)
+
+    def lessons():
         pictures, names, boxes, scenes = zip(*(lesson(rng) for _ in range(BATCH)), strict=True)
         inputs = processor(
             text=[TASK + name for name in names], images=list(pictures), padding=True, return_tensors="pt"
@@ -108,19 +106,12 @@ def train(folder: Path, steps: int, seed: int = 0):
         logits = model(**inputs, decoder_input_ids=heard).logits
         loss = answer_loss(logits, labels, first, padding)
         seen = reads(tokens.pop()[:, 0]).unflatten(-1, (len(COLOURS), 4))
-        (loss + SEEN * seen_loss(seen, scenes)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
         located = (labels >= first) & (labels < first + BINS)
         best = logits[located][:, first : first + BINS].argmax(-1)
-        recent.append(loss.item())
-        off.append((best - (labels[located] - first)).abs().float().mean().item())
-        if step % max(1, steps // 30) == 0:
-            print(f"{step}: loss {np.mean(recent):.3f}, edges off by {np.mean(off):.0f} bins, ", end="")
-            print(f"{time.process_time() - started:.0f} CPU s", flush=True)
-            recent, off = [], []
+        off = (best - (labels[located] - first)).abs().float().mean().item()
+        return loss + SEEN * seen_loss(seen, scenes), {"loss": [loss.item()], "bins off": [off]}
+
+    fit(model, LEARNING_RATE, steps, lessons, beside=reads.parameters())
     return model
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.nn import functional
 from tests.generate import tiny_sam3
 from tests.generate.shapes import COLOURS, scene
 from tests.generate.tiny import save_weights
+from tests.generate.training import fit
 
 SIDE = tiny_sam3.SIDE
 
@@ -74,32 +74,24 @@ def train(folder: Path, steps: int, seed: int = 0):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             module.reset_parameters()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
-    rng, started = np.random.default_rng(seed), time.process_time()
-    recent: list[float] = []
-    right: list[bool] = []
-    for step in range(1, steps + 1):
-        lessons = [lesson(rng) for _ in range(8)]
-        inputs = processor(images=[one[0] for one in lessons], text=[one[1] for one in lessons], return_tensors="pt")
+    rng = np.random.default_rng(seed)
+
+    def lessons():
+        batch = [lesson(rng) for _ in range(8)]
+        inputs = processor(images=[one[0] for one in batch], text=[one[1] for one in batch], return_tensors="pt")
         inputs.pop("original_sizes")
         out = model(**inputs)
         answers = zip(out.pred_logits, out.presence_logits, out.pred_boxes, out.pred_masks, strict=True)
-        losses = []
-        for answer, (_, _, *truth) in zip(answers, lessons, strict=True):
+        losses, overlaps, right = [], [], []
+        for answer, (_, _, *truth) in zip(answers, batch, strict=True):
             loss, reached = picture_loss(*answer, *truth)
             losses.append(loss)
-            recent += reached
+            overlaps += reached
             right.append((float(answer[1]) > 0) == (len(truth[0]) > 0))
-        optimizer.zero_grad()
-        torch.stack([loss.squeeze() for loss in losses]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % max(1, steps // 30) == 0:
-            print(f"{step}: IoU {np.mean(recent):.3f}, there or not {np.mean(right):.3f}, ", end="")
-            print(f"{time.process_time() - started:.0f} CPU s", flush=True)
-            recent, right = [], []
+        loss = torch.stack([loss.squeeze() for loss in losses]).mean()
+        return loss, {"IoU": overlaps, "there or not": right}
+
+    fit(model, 1.5e-3, steps, lessons)
     return model
 
 
