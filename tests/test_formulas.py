@@ -218,6 +218,16 @@ def test_rounding_is_not_above_a_threshold_of_0(device, backend, mask, above):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_what_a_blur_leaves_below_the_snap_is_nothing(device, backend):
+    """Of 3e-6 the blur leaves 1.6e-6, and 7e-7 beside it, of which the tenth root would make a quarter."""
+    pred = torch.zeros(1, 1, 1, 1, 5, device=device, requires_grad=True)
+    mask = torch.tensor([[[0, 0, 3e-6, 0, 0]]], device=device)
+    config = MaskedLossConfig(blur_kernel_size=3, gamma=0.1, normalization="mean")
+    masked_loss(pred, torch.ones_like(pred).detach(), mask, config, backend=backend).backward()
+    assert (pred.grad != 0).flatten().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_rounding_has_no_area(device, backend):
     """What `bicubic` leaves of a white mask that is inverted is no area whose root could scale the target's term."""
     pred = torch.zeros(1, 1, 1, 7, 9, device=device, requires_grad=True)
