@@ -173,7 +173,11 @@ def _pass(
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2
+            min_size=1,
+            max_size=workers,
+            initial_size=workers,
+            # A job that waits in an actor behind one that kills it would be counted as lost with it.
+            max_tasks_in_flight_per_actor=1 if alone else 2,
         ),
         num_cpus=1,
         num_gpus=num_gpus,
