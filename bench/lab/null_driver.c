@@ -40,3 +40,4 @@ int cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) { *(uint6
 #define NOTHING(name) int name(void) { return 0; }
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuModuleUnload) NOTHING(cuTensorMapEncodeTiled) NOTHING(cuMemcpyDtoHAsync_v2) NOTHING(cuMemAllocAsync) NOTHING(cuMemFreeAsync)
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }

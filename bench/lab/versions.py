@@ -69,6 +69,13 @@ def compiled(triton: pathlib.Path | None, variants: list[str], targets: Iterable
     return rows, said
 
 
+def launched(triton: pathlib.Path | None) -> str:
+    """How the tests of what reaches Triton's launcher end (tests/bench/test_host.py): its form differs between versions."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "tests/bench/test_host.py"]
+    finished = subprocess.run(command, env=environment(triton), cwd=ROOT, capture_output=True, text=True, check=False)
+    return finished.stdout.strip().splitlines()[-1].strip(" =")
+
+
 def key(row: Row) -> tuple[str, str, str]:
     return row["variant"], row["kernel"], row["target"]
 
@@ -84,8 +91,8 @@ def narrower(row: Row, than: Row) -> bool:
 
 def compare(versions: Iterable[str], folder: pathlib.Path, variants: list[str], targets: list[str]) -> Iterator[str]:
     """A table in Markdown, line by line: each version beside the installed one."""
-    yield "| Triton | compiled | with spills | with local memory | most registers | narrower accesses | said |"
-    yield "|---|---:|---:|---:|---|---:|---|"
+    yield "| Triton | compiled | with spills | with local memory | most registers | narrower accesses | launches | said |"
+    yield "|---|---:|---:|---:|---|---:|---|---|"
     base, _ = compiled(None, variants, targets)
     known = {key(row): row for row in base}
     for version in versions:
@@ -99,6 +106,7 @@ def compare(versions: Iterable[str], folder: pathlib.Path, variants: list[str], 
             sum(row["local_bytes"] > 0 for row in rows),
             ", ".join(f"{target} {count}" for target, count in most.items()),
             sum(narrower(row, known[key(row)]) for row in rows),
+            launched(installed(version, folder)),
             "; ".join(said) or "nothing",
         ]
         yield f"| {version} | " + " | ".join(map(str, cells)) + " |"

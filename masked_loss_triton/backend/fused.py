@@ -108,7 +108,7 @@ def repeated(
     assert pred is not None
     numbers = torch.empty(STATS, dtype=torch.float32, device=pred.device) if return_stats else None
     if recording.gradient_strides is None:
-        total = torch.empty((), dtype=torch.float32, device=pred.device)
+        total = torch.empty_like(recording.like_loss)
         recording.forward((*tensors, total, numbers, None), pred.device, stream)
     else:
         total = RepeatedLoss.apply(pred, (tensors, numbers, recording, stream, config, flow_sign))
@@ -124,13 +124,14 @@ class RepeatedLoss(torch.autograd.Function):
         pred: torch.Tensor,
         call: tuple[Tensors, torch.Tensor | None, Recording, int, MaskedLossConfig, int],
     ) -> torch.Tensor:
-        tensors, numbers, recording, stream, ctx.config, ctx.flow_sign = call
-        device = pred.device
+        tensors, numbers, recording, stream, *ctx.options = call
         assert recording.forward is not None
         assert recording.gradient_strides is not None
-        total = torch.empty((), dtype=torch.float32, device=device)
-        gradient = torch.empty_strided(pred.shape, recording.gradient_strides, dtype=pred.dtype, device=device)
-        recording.forward((*tensors, total, numbers, gradient), device, stream)
+        total = torch.empty_like(recording.like_loss)
+        gradient = torch.empty_like(pred)
+        if gradient.stride() != recording.gradient_strides:
+            gradient = gradient.as_strided(pred.shape, recording.gradient_strides)
+        recording.forward((*tensors, total, numbers, gradient), pred.device, stream)
         ctx.gradient, ctx.recording = gradient, recording
         ctx.save_for_backward(*tensors)
         return total
@@ -141,13 +142,13 @@ class RepeatedLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            recording = ctx.recording
-            target = tensors[1] if tensors[2] is None else FlowTarget(tensors[1], tensors[2], ctx.flow_sign)
+            recording, (config, flow_sign) = ctx.recording, ctx.options
+            target = tensors[1] if tensors[2] is None else FlowTarget(tensors[1], tensors[2], flow_sign)
             more = dict(zip(TENSORS[3:], tensors[3:], strict=True))
             if more["prior_weight"] is None:
                 more["prior_weight"] = recording.prior_number
-            inputs = describe(tensors[0], target, config=ctx.config, layout=recording.layout, **more)
-            gradient = run(inputs, None, ctx.config, grad_output=grad_output)[2]
+            inputs = describe(tensors[0], target, config=config, layout=recording.layout, **more)
+            gradient = run(inputs, None, config, grad_output=grad_output)[2]
             gradient = as_given(gradient, recording.layout, recording.dim)
         else:
             _scale(gradient, grad_output, ctx.recording)

@@ -8,21 +8,20 @@ never kept. Nothing is kept where Triton interprets, nor on AMD, where a launch 
 
 from __future__ import annotations
 
+import copy
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
 from masked_loss_triton.backend.layout import as_given
 from masked_loss_triton.call import LossInputs
 
 if TYPE_CHECKING:
-    from masked_loss_triton.kernels.launches import Launches
+    from masked_loss_triton.kernels.launches import Launch, Launches
 
 ALIGNMENT = 16  # bytes: where a tensor does not begin on a multiple of it, Triton compiles a kernel of its own
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -50,46 +49,73 @@ class Replay:
         for tensor in launches.scratch:
             self.offsets.append(self.bytes)
             self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        # The arguments are made of a row of values: addresses, constants, and the bundles of these, in this order.
+        # A launch takes its arguments from one row of values: addresses, the stream, constants, and tuples of what stands before.
+        stream, last = object(), len(known)
         constants: list[object] = []
 
-        def place(value: object) -> int:
+        def places(value: object) -> int | list[Any]:
+            """Where a value stands in the row; of a tuple in which something changes, where each of its own values does."""
+            if value is stream:
+                return last
             if isinstance(value, torch.Tensor):
                 return numbers[value.data_ptr()]
-            if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-                raise KeyError("a bundle inside of a bundle")
+            if isinstance(value, tuple):
+                before, inside = len(constants), list(map(places, value))
+                if any(isinstance(place, list) or place <= last for place in inside):
+                    return inside
+                del constants[before:]
             constants.append(value)
-            return len(known) + len(constants) - 1
+            return last + len(constants)
 
-        def places(value: object) -> int | tuple[int, ...]:
-            if isinstance(value, tuple) and any(isinstance(item, torch.Tensor) for item in value):
-                return tuple(map(place, value))
-            return place(value)
-
-        arguments = [list(map(places, launch.arguments)) for launch in launches.made]
-        bundles = [item for row in arguments for item in row if isinstance(item, tuple)]
-        ahead = itertools.count(len(known) + len(constants))
-        orders = [[next(ahead) if isinstance(item, tuple) else item for item in row] for row in arguments]
+        starts = [_start(launch, stream) for launch in launches.made]
+        wanted: list[Any] = [places(arguments) for _, arguments in starts]
         self.constants = tuple(constants)
-        self.bundles = [itemgetter(*bundle) for bundle in bundles]
+        self.tuples: list[Callable[[Sequence[Any]], tuple[Any, ...]]] = []
+
+        def picker(inside: list[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+            order = [place_of(place) if isinstance(place, list) else place for place in inside]
+            return itemgetter(*order) if len(order) > 1 else lambda row: (row[order[0]],)
+
+        def place_of(inside: list[Any]) -> int:
+            self.tuples.append(picker(inside))
+            return last + len(constants) + len(self.tuples)
+
+        self.calls = [(start, picker(row)) for (start, _), row in zip(starts, wanted, strict=True)]
         # A kernel that is dropped takes its code off the device.
         self.kernels = [launch.kernel for launch in launches.made]
-        self.launches = [
-            (kernel.run, (*grid, 1, 1)[:3], (kernel.function, kernel.packed_metadata), itemgetter(*order))
-            for (kernel, grid, _), order in zip(launches.made, orders, strict=True)
-            if kernel is not None
-        ]
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], device: torch.device, stream: int) -> None:
-        addresses = [tensors[index].data_ptr() for index in self.given]  # type: ignore[union-attr]
+        row: list[Any] = [tensors[index].data_ptr() for index in self.given]  # type: ignore[union-attr]
         if self.offsets:
             scratch = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-            start = scratch.data_ptr()
-            addresses += [start + offset for offset in self.offsets]
-        values = (*addresses, *self.constants)
-        values += tuple([bundle(values) for bundle in self.bundles])
-        for run, grid, handle, arguments in self.launches:
-            run(*grid, stream, *handle, None, None, None, *arguments(values))
+            first = scratch.data_ptr()
+            row += [first + offset for offset in self.offsets]
+        row.append(stream)
+        row += self.constants
+        for values in self.tuples:
+            row.append(values(row))
+        for start, arguments in self.calls:
+            start(*arguments(row))
+
+
+def _start(launch: Launch, stream: object) -> tuple[Callable[..., object], tuple[object, ...]]:
+    """(function, its arguments) that start a compiled kernel on a stream.
+
+    Triton's launcher in Python asks for scratch memory, which our kernels do not need, and calls its launcher in C. What that one
+    is given is taken down here: it differs between versions of Triton, and the way there costs a third of a launch.
+    """
+    kernel: Any = launch.kernel
+    grid = (*launch.grid, 1, 1)[:3]
+    given = (*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *launch.arguments)
+    launcher = kernel.run
+    more = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    if not hasattr(launcher, "launch") or any(getattr(launcher, name, 0) for name in more):
+        return launcher, given
+    taken: list[tuple[object, ...]] = []
+    twin = copy.copy(launcher)  # another thread may be launching this kernel
+    twin.launch = lambda *arguments: taken.append(arguments)
+    twin(*given)
+    return launcher.launch, taken[0]
 
 
 class Recording:
@@ -106,6 +132,7 @@ class Recording:
         self.forward: Replay | None = None
         self.backward: Replay | None = None
         self.gradient_strides: tuple[int, ...] | None = None
+        self.like_loss = torch.empty(0)  # of its form, for `empty_like`, which costs half of what naming the form does
         self.driver: Any = None  # of Triton, and its settings
         self.runtime: Any = None
         self.device = -1
@@ -119,6 +146,7 @@ class Recording:
         if kept is None:
             return
         self.gradient_strides = as_given(gradient, self.layout, self.dim).stride() if gradient.numel() else None
+        self.like_loss = torch.empty_like(outputs[0])
         self.forward, self.repeat = kept, repeat
 
     def keep_backward(self, launches: Launches, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
