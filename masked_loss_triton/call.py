@@ -97,7 +97,7 @@ class LossInputs:
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """Those of `TENSORS`."""
-        return tuple(getattr(self, name) for name in TENSORS)
+        return tuple([getattr(self, name) for name in TENSORS])
 
     @property
     def batch(self) -> int:

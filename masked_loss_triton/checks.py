@@ -107,7 +107,7 @@ def refuse_bytes_as_floats(name: str, mask: torch.Tensor) -> None:
         return
     if type(mask) is not torch.Tensor or torch._C._are_functorch_transforms_active():
         return
-    largest = mask.detach().amax().item()
+    largest = mask.amax().item()
     if 1.5 < largest < math.inf:
         raise ValueError(
             f"{name} is floating with a largest value of {largest:g}, but floating masks are in [0, 1]: divide it by 255, or give "

@@ -1,11 +1,14 @@
 """Every combination of options: the torch backend and the Triton kernels give the numbers of the float64 reference."""
 
+from unittest import mock
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 
 from masked_loss_triton import MaskedLossConfig, MaskedLossStats, masked_loss
+from masked_loss_triton.backend import closed_form
 from tests.support.accuracy import assert_gradient_close, assert_loss_close, double, reference
 from tests.support.strategies import calls, on
 
@@ -48,10 +51,12 @@ def check(backend, device, drawn, grad_output):
 upstream = st.sampled_from([1.0, -2.5, 0.3, 1024.0])
 
 
-@given(drawn=calls(), grad_output=upstream)
+@given(drawn=calls(), grad_output=upstream, block=st.sampled_from([closed_form.CPU_BLOCK, 100, 7]))
 @settings(max_examples=250)
-def test_the_torch_backend_equals_the_reference(device, drawn, grad_output):
-    check("torch", device, drawn, grad_output)
+def test_the_torch_backend_equals_the_reference(device, drawn, grad_output, block):
+    """Also cut into blocks, as larger tensors are."""
+    with mock.patch.object(closed_form, "CPU_BLOCK", block), mock.patch.object(closed_form, "DEVICE_BLOCK", block):
+        check("torch", device, drawn, grad_output)
 
 
 @pytest.mark.slow
@@ -141,6 +146,24 @@ def test_the_default_dtype_of_torch_changes_nothing(device, backend, default):
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("name", ["prior_weight", "weighting", "normalizer"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_numbers_of_any_dtype_leave_the_loss_in_float32(device, backend, per_sample, name, dtype):
+    pred, target, prior = (torch.randn(2, 4, 1, 5, 7) for _ in range(3))
+    number = torch.tensor(0.3, dtype=dtype)
+    if name == "normalizer" and not per_sample:
+        number = (number, number)
+    elif name != "normalizer" and per_sample:
+        number = torch.tensor([0.3, 0.7], dtype=dtype)
+    config, call = MaskedLossConfig(per_sample=per_sample), {"prior": prior, name: number}
+    check(backend, device, (pred, target, torch.rand(2, 1, 5, 7), config, call), 1.0)
+    moved = {name: on(device, value) for name, value in call.items()}
+    loss = masked_loss(on(device, pred), on(device, target), None, config, **moved, backend=backend)
+    assert loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

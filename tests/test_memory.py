@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masked_loss_triton import FlowTarget, MaskedLossConfig, masked_loss
+from masked_loss_triton.backend import closed_form
 
 
 class LiveStorages(TorchDispatchMode):
@@ -41,12 +42,13 @@ def extra_memory(pred, target, mask, config, backend, **call) -> float:
 
 
 def test_the_torch_backend_needs_the_gradient_and_little_else():
-    """The gradient, weights of 1/16 per term and a megabyte or two of buffers; the peers' recipes need 2 to 3 N."""
+    """The gradient, weights of 1/16 per term and a buffer or two for each thread; the peers' recipes need 2 to 3 N."""
     shape = (1, 16, 33, 90, 160)
     pred, target = torch.randn(shape), torch.randn(shape)
     mask = torch.rand(1, 33, 90, 160)
-    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch") <= 1.15
-    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch", prior=target.flip(0)) <= 1.25
+    buffer = closed_form.CPU_BLOCK * torch.get_num_threads() / pred.numel()
+    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch") <= 1.08 + 1.1 * buffer
+    assert extra_memory(pred, target, mask, MaskedLossConfig(), "torch", prior=target.flip(0)) <= 1.14 + 2.7 * buffer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from masked_loss_triton.backend import distinct, refuse_second_derivative, stages
-from masked_loss_triton.backend.denominators import loss_factors
+from masked_loss_triton.backend.denominators import Factor, short_factors
 from masked_loss_triton.backend.formulas import error_and_slope
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.stats import MaskedLossStats
 
-# Elements of a block, on a CPU for each of its threads: a float32 buffer of them takes half a MB of a second-level cache of 1 to
-# 2 MB, and each block costs a dozen calls of torch. On other devices a block only bounds the memory.
-CPU_BLOCK = 1 << 17
+# Elements of a block, on a CPU for each of its threads: each block costs a dozen calls of torch, and a float32 buffer of them takes
+# 1 MB of the caches (bench/README.md). On other devices a block only bounds the memory.
+CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 22
 
 
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     target: torch.Tensor  # or the noise
     latents: torch.Tensor | None
     prior: torch.Tensor | None
-    a: torch.Tensor  # (B, 1, F, H, W) float32
+    a: torch.Tensor  # (B or 1, 1, F, H, W) float32
     b: torch.Tensor | None  # like a, for the prior
     delta: torch.Tensor | None  # (B, 1, 1, 1, 1) float32, or None: that of `Options`
     inside: torch.Tensor | None  # (B or 1, 1, F, H, W) float32: the raw mask, for the stats
@@ -62,15 +62,15 @@ def loss(
     inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
 ) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
-    with torch.no_grad():
-        raw, w, v = stages.call_weights(inputs, config, torch.float32)
-        sum_w = w.sum(dim=(1, 2, 3)).expand(inputs.batch)
-        # Sums that nobody asks for are not made: on a CPU each is another pass over the weights.
-        sum_v = sum_w if inputs.prior is None else v.sum(dim=(1, 2, 3)).expand(inputs.batch)
-        sum_raw = raw.sum(dim=(1, 2, 3)).expand(inputs.batch) if config.area_scale_beta else sum_w
-        s, r = loss_factors(sum_w, sum_v, sum_raw, inputs, config)
-        a = _times(w, s)
-        b = None if inputs.prior is None else _times(v, r)
+    # Nothing here requires grad but pred: what else does is refused.
+    raw, w, v = stages.call_weights(inputs, config, torch.float32)
+    sum_w = _sum_of(w, inputs.batch)
+    # Sums that nobody asks for are not made: on a CPU each is another pass over the weights.
+    sum_v = sum_w if inputs.prior is None else _sum_of(v, inputs.batch)
+    sum_raw = _sum_of(raw, inputs.batch) if config.area_scale_beta else sum_w
+    s, r = short_factors(sum_w, sum_v, sum_raw, inputs, config)
+    a = _times(w, s)
+    b = None if inputs.prior is None else _times(v, r)
     kept = (raw, w, v) if return_stats else None
     del raw, w, v  # the weights are in a and b now; what is not kept makes room for the gradient
     inside = None if kept is None else kept[0].unsqueeze(1)
@@ -81,9 +81,7 @@ def loss(
     if torch.is_grad_enabled() and inputs.pred.requires_grad:
         total, *sums = ClosedFormLoss.apply(*distinct(operands), options)
     else:
-        with torch.no_grad():
-            result = loss_and_gradient(operands, options, write_gradient=False)
-            total, sums = _total(result), [*result.target, *result.prior]
+        total, *sums = _outputs(loss_and_gradient(operands, options, write_gradient=False))
     if kept is None or inside is None:
         return total, None
     sums += [torch.zeros_like(total)] * (6 - len(sums))
@@ -92,13 +90,25 @@ def loss(
     return total, MaskedLossStats.from_weights(target_term, prior_term, *kept, means, inputs.mask)
 
 
-def _total(result: Result) -> torch.Tensor:
-    return result.target[0] + result.prior[0] if result.prior else result.target[0].clone()
+def _outputs(result: Result) -> tuple[torch.Tensor, ...]:
+    """The loss, and for the stats the sums that `Result` holds."""
+    total = result.target[0] + result.prior[0] if result.prior else result.target[0]
+    if len(result.target) == 1:
+        return (total,)
+    return (total if result.prior else total.clone(), *result.target, *result.prior)
 
 
-def _times(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A weight (B or 1, F, H, W) times a factor (B,), as (B, 1, F, H, W)."""
-    product = weight.unsqueeze(1) * factor.view(-1, 1, 1, 1, 1)
+def _sum_of(weight: torch.Tensor, batch: int) -> torch.Tensor:
+    """The sums over the positions of each sample, (B,), of a weight (B or 1, F, H, W)."""
+    sums = weight.sum(dim=(1, 2, 3))
+    return sums if sums.shape[0] == batch else sums.expand(batch)
+
+
+def _times(weight: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """A weight (B or 1, F, H, W) times the factor of its sample, as (B or 1, 1, F, H, W)."""
+    if isinstance(factor, torch.Tensor) and factor.dim():
+        factor = factor.view(-1, 1, 1, 1, 1)
+    product = weight.unsqueeze(1) * factor
     if torch.compiler.is_compiling():
         # The compiler writes what `as_strided` takes to memory. It would compute the stages of the weights anew for every channel.
         return product.as_strided(product.shape, product.stride())
@@ -113,7 +123,7 @@ class ClosedFormLoss(torch.autograd.Function):
         operands = Operands(pred, target, latents, prior, a, b, delta, inside)
         # float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward.
         result = loss_and_gradient(operands, options, pred.dtype != torch.float16)
-        gradient, sums = result.gradient, [*result.target, *result.prior]
+        gradient, (total, *sums) = result.gradient, _outputs(result)
         ctx.options = options
         # A plain gradient is no saved tensor: the backward scales it in place and gives it away, once. The compiler does so itself.
         traced = torch.compiler.is_compiling()
@@ -121,7 +131,7 @@ class ClosedFormLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient if traced else None, *operands[:-1])
         ctx.mark_non_differentiable(*sums)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
-        return _total(result), *sums
+        return total, *sums
 
     @staticmethod
     def backward(ctx: Any, grad_output, *_sums):
@@ -165,8 +175,8 @@ def loss_and_gradient(operands: Operands, options: Options, write_gradient: bool
     sums = []
     for *tensors, out in _blocks((*operands, result), size):
         block = Operands(*tensors)  # type: ignore[arg-type]
-        errors, drift, _ = _elements(block, out, options)
-        sums.append(_sums(errors, drift, block))
+        # Held by no name: the buffers of a block are free for the next one.
+        sums.append(_sums(*_elements(block, out, options)[:2], block))
     if len(sums) == 1:
         return Result(*sums[0], result)
     totals = [[torch.stack(column).sum() for column in zip(*rows, strict=True)] for rows in zip(*sums, strict=True)]
@@ -201,14 +211,14 @@ def _sums(
 def _blocks(tensors: tuple[torch.Tensor | None, ...], size: int) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """Views of about `size` elements of the first tensor, and what belongs to them of the others, whole where their axis is 1.
 
-    Cut where the first one's memory is: outermost axis first.
+    Cut where the first one's memory is, outermost axis first; between channels last, since they share their weights.
     """
     first = tensors[0]
     assert first is not None
     if first.numel() <= size:
         yield tensors
         return
-    axis = max(range(first.dim()), key=lambda axis: (first.shape[axis] > 1, first.stride(axis)))
+    axis = max(range(first.dim()), key=lambda axis: (first.shape[axis] > 1, axis != 1, first.stride(axis)))
     pieces = min(first.shape[axis], -(-first.numel() // size))
     step = -(-first.shape[axis] // pieces)
     cut = [[x] * pieces if x is None or x.shape[axis] == 1 else x.split(step, axis) for x in tensors]
@@ -227,7 +237,10 @@ def _elements(
         # Rounded to float32 once, as in the other backends.
         target = target - latents.float() if options.flow_sign == 1 else latents.float() - target
     plain = not torch.compiler.is_compiling()
-    error, slope = error_and_slope(pred - target, options.loss_type, delta, overwrite=plain)
+    # The difference is made where the gradient will be: a buffer less to fetch.
+    place = out if out is not None and out.dtype == torch.float32 else None
+    difference = torch.sub(pred, target, out=place)
+    error, slope = error_and_slope(difference, options.loss_type, delta, overwrite=plain)
     if prior is None or b is None:
         return error, None, torch.mul(slope, a, out=out)
     gradient = slope.mul_(a)

@@ -15,6 +15,8 @@ from masked_loss_triton.backend.formulas import unknown
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 
+Factor = torch.Tensor | float  # of each sample, (B,), or one of all, 0-d or a number
+
 
 def needs_exchange(inputs: LossInputs) -> bool:
     """True when the denominators come from more than the batch at hand."""
@@ -24,7 +26,15 @@ def needs_exchange(inputs: LossInputs) -> bool:
 def loss_factors(
     sum_w: torch.Tensor, sum_v: torch.Tensor, sum_raw: torch.Tensor, inputs: LossInputs, config: MaskedLossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors (s, r) of one call, each (B,), in the dtype of the sums.
+    """The factors (s, r) of one call, each (B,), in the dtype of the sums; see `short_factors`."""
+    s, r = short_factors(sum_w, sum_v, sum_raw, inputs, config)
+    return _per_sample(s, sum_w), _per_sample(r, sum_w)
+
+
+def short_factors(
+    sum_w: torch.Tensor, sum_v: torch.Tensor, sum_raw: torch.Tensor, inputs: LossInputs, config: MaskedLossConfig
+) -> tuple[Factor, Factor]:
+    """The factors (s, r) of one call, in the dtype of the sums, not expanded to the batch where they are the same for all.
 
     Args:
         sum_w, sum_v, sum_raw: (B,), sums over the positions of each sample, not over channels.
@@ -43,9 +53,9 @@ def loss_factors(
         total_v = channels * sum_v if has_prior else total_v
         mean_raw = sum_raw / positions if config.area_scale_beta else mean_raw
     else:
-        total_w, count = channels * sum_w.sum(), batch * channels * positions
-        total_v = channels * sum_v.sum() if has_prior else total_v
-        total_raw = sum_raw.sum() if config.area_scale_beta else 0.0
+        total_w, count = channels * _over_batch(sum_w), batch * channels * positions
+        total_v = channels * _over_batch(sum_v) if has_prior else total_v
+        total_raw = _over_batch(sum_raw) if config.area_scale_beta else 0.0
         if inputs.normalizer is not None and config.normalization == "mean":
             count = inputs.normalizer[0]
         elif inputs.normalizer is not None:
@@ -62,9 +72,9 @@ def loss_factors(
         eps = config.eps * (count if config.normalization == "mean_one" else 1)
         denominator_w, denominator_v = total_w + eps, total_v + eps
     # Data parallel training averages the gradients of its ranks; times the number of ranks, that average is the sum.
-    s: Any = group_size / denominator_w
-    prior_weight: Any = inputs.prior_number if inputs.prior_weight is None else inputs.prior_weight
-    r: Any = prior_weight * (group_size / denominator_v) if has_prior else 0.0
+    s: Any = _quotient(group_size, denominator_w)
+    prior_weight: Any = inputs.prior_number if inputs.prior_weight is None else inputs.prior_weight.to(sum_w.dtype)
+    r: Any = prior_weight * _quotient(group_size, denominator_v) if has_prior else 0.0
     if config.per_sample:
         s, r = s / samples, r / samples
     if inputs.weighting is not None:
@@ -72,7 +82,17 @@ def loss_factors(
         s, r = s * weighting, r * weighting
     if config.area_scale_beta:
         s = s * mean_raw**config.area_scale_beta
-    return _per_sample(s, sum_w), _per_sample(r, sum_w)
+    return s, r
+
+
+def _quotient(numerator: int, denominator: Any) -> Any:
+    if numerator == 1 and isinstance(denominator, torch.Tensor):
+        return denominator.reciprocal()  # torch divides a number by a tensor in two operations
+    return numerator / denominator
+
+
+def _over_batch(sums: torch.Tensor) -> torch.Tensor:
+    return sums.sum() if sums.shape[0] > 1 else sums.view(())
 
 
 def _constant(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

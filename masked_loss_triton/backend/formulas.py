@@ -16,7 +16,7 @@ Out = torch.Tensor | None  # where the slope may go: the difference itself, once
 
 
 def _mse(d: torch.Tensor, delta: Delta, out: Out) -> Pair:
-    return d * d, torch.mul(d, 2, out=out)
+    return d * d, torch.add(d, d, out=out)
 
 
 def _l1(d: torch.Tensor, delta: Delta, out: Out) -> Pair:

@@ -76,7 +76,7 @@ def snap(mask: torch.Tensor) -> torch.Tensor:
 
     `threshold` and not `where`, which is not vectorised on the CPU (bench/README.md).
     """
-    mask = F.threshold(mask, SNAP, 0.0).neg_()  # a tensor of its own from here: in place, no fresh memory
+    mask = torch.threshold(mask, SNAP, 0.0).neg_()  # a tensor of its own from here: in place, no fresh memory
     return torch.threshold_(mask, SNAP - 1, -1.0).neg_()
 
 
@@ -127,7 +127,7 @@ def target_and_prior_weights(
     if has_prior and config.prior_threshold is not None:
         w = w * (1 - v)
     if has_prior:
-        v = F.threshold(v, SNAP, 0.0)
+        v = torch.threshold(v, SNAP, 0.0)
 
     if mask_gate is not None:
         on = mask_gate.view(-1, 1, 1, 1)

@@ -44,6 +44,11 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
     raw, w, v = call_weights(inputs, config, torch.float64)
     sums = [x.sum(dim=(1, 2, 3)).expand(inputs.batch) for x in (w, v, raw)]
     s, r = loss_factors(*sums, inputs, config)
+    taps = config.resample in ("bilinear", "bicubic")
+    # Where a tap lies is a float32 number of up to the size of the mask.
+    weight_rounding = WEIGHT_ROUNDING + (
+        2**-24 * max(inputs.mask.shape[-2:]) if taps and inputs.mask is not None else 0
+    )
     # A root is steep near 0: what a small mask value is off by counts for more in its weight.
     steepness = (config.gamma * raw.clamp(1e-6, 1) ** (config.gamma - 1)).clamp_min(1).unsqueeze(1)
 
@@ -54,12 +59,12 @@ def reference(pred, target, mask, config: MaskedLossConfig, grad_output: float =
             1
         ].abs()
         exact = factor * weight * slope
-        if not (config.invert or config.resample == "bicubic" or weight_is_difference(other)):
+        if not (config.invert or taps or weight_is_difference(other)):
             return exact, torch.zeros_like(exact)
         # A factor is one over a sum, times a power of another: where the weights of that sum are noise, so is the factor.
-        noise = WEIGHT_ROUNDING * ((weight > 0).sum() / weight.sum().clamp_min(1e-30))
-        noise = noise + config.area_scale_beta * WEIGHT_ROUNDING * ((raw > 0).sum() / raw.sum().clamp_min(1e-30))
-        return exact, WEIGHT_ROUNDING * steepness * factor * slope + exact * noise
+        noise = weight_rounding * ((weight > 0).sum() / weight.sum().clamp_min(1e-30))
+        noise = noise + config.area_scale_beta * weight_rounding * ((raw > 0).sum() / raw.sum().clamp_min(1e-30))
+        return exact, weight_rounding * steepness * factor * slope + exact * noise
 
     def weight_is_difference(other):
         return other is inputs.prior or config.prior_threshold is not None

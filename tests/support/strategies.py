@@ -145,6 +145,8 @@ def on(device: str, value):
     """The same value on a device, with the same strides."""
     if isinstance(value, FlowTarget):
         return FlowTarget(on(device, value.noise), on(device, value.latents), value.sign)
+    if isinstance(value, tuple):
+        return tuple(on(device, item) for item in value)
     if isinstance(value, torch.Tensor) and device != "cpu":
         moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return value.to(device) if 0 in value.stride() else moved.copy_(value)
