@@ -20,11 +20,22 @@ import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.launches import FUSION, Launches
-from masked_loss_triton.kernels.operands import LossLaunch, Operand, Walk, mask_steps, offsets_of, walked
+from masked_loss_triton.kernels.operands import (
+    LossLaunch,
+    Operand,
+    Walk,
+    mask_steps,
+    offsets_of,
+    sizes_of,
+    step_of,
+    walked,
+)
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
+    coded_if,
+    decoded,
     error_and_slope,
     raw_of,
     read,
@@ -106,7 +117,7 @@ def weights_at(
     else:
         m = tl.full((1, OPTIONS.BLOCK_P), 1.0, tl.float32)
         if mask is not None:
-            start = b.to(tl.int64) * (mask.b * OPTIONS.MASK_DIVISOR)
+            start = b.to(tl.int64) * (decoded(mask.b, OPTIONS) * OPTIONS.MASK_DIVISOR)
             if OPTIONS.MASK_FLAT:
                 mask_offsets = start + cell
             else:
@@ -145,6 +156,7 @@ def loss_kernel(
     A program keeps its weights over its channels.
     """
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
+    shape, tiles = sizes_of(shape, OPTIONS), decoded(tiles, OPTIONS)
     channels = shape[1]
     b = tl.program_id(2) // shape[2] if OPTIONS.BY_FRAME else tl.program_id(2)
     position, inside, cell, at = walked(shape, OPTIONS)
@@ -170,25 +182,25 @@ def loss_kernel(
         channel = first_channel + step * OPTIONS.BLOCK_C + tl.arange(0, OPTIONS.BLOCK_C)[:, None]
         valid = inside & (channel < channels // OPTIONS.FOLD)
         channel = channel.to(OPTIONS.OFFSET)
-        p = tl.load(pred.ptr + pred_offsets + channel * (pred.c * OPTIONS.DIVISOR), mask=valid, other=0.0)
-        t = tl.load(target.ptr + target_offsets + channel * (target.c * OPTIONS.DIVISOR), mask=valid, other=0.0)
+        p = tl.load(pred.ptr + pred_offsets + channel * step_of(pred.c, OPTIONS), mask=valid, other=0.0)
+        t = tl.load(target.ptr + target_offsets + channel * step_of(target.c, OPTIONS), mask=valid, other=0.0)
         p, t = p.to(tl.float32), t.to(tl.float32)
         if latents is not None:
-            offsets = offsets_of(latents, b, at, position, OPTIONS) + channel * (latents.c * OPTIONS.DIVISOR)
+            offsets = offsets_of(latents, b, at, position, OPTIONS) + channel * step_of(latents.c, OPTIONS)
             x = tl.load(latents.ptr + offsets, mask=valid, other=0.0)
             t = (t - x.to(tl.float32)) * flow_sign
         error, slope = error_and_slope(p - t, delta, OPTIONS)
         errors += tl.sum(error, axis=0, keep_dims=True)
         value = target_weight * slope
         if prior is not None:
-            offsets = offsets_of(prior, b, at, position, OPTIONS) + channel * (prior.c * OPTIONS.DIVISOR)
+            offsets = offsets_of(prior, b, at, position, OPTIONS) + channel * step_of(prior.c, OPTIONS)
             q = tl.load(prior.ptr + offsets, mask=valid, other=0.0)
             error, slope = error_and_slope(p - q.to(tl.float32), delta, OPTIONS)
             prior_errors += tl.sum(error, axis=0, keep_dims=True)
             value += prior_weight * slope
         if gradient is not None:
             value = value.to(gradient.ptr.dtype.element_ty)
-            offsets = offsets_of(gradient, b, at, position, OPTIONS) + channel * (gradient.c * OPTIONS.DIVISOR)
+            offsets = offsets_of(gradient, b, at, position, OPTIONS) + channel * step_of(gradient.c, OPTIONS)
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
     if out.loss_ptr is not None:
@@ -247,6 +259,7 @@ def plan_loss(
     walk = Walk.over(operands[:5])
     mask_strides, mask_flat, mask_divisor = mask_steps(mask)
     launch = LossLaunch.choose(batch, walk, has_prior, multiprocessors)
+    code = walk.flat and not walk.channels_innermost
     groups = ceil_div(walk.channels, launch.block_c * launch.channel_blocks)
     options = LossOptions(
         INVERT=config.invert,
@@ -254,6 +267,7 @@ def plan_loss(
         LOSS_TYPE=config.loss_type,
         NORMALIZATION=config.normalization,
         PER_SAMPLE=config.per_sample,
+        CODED=code,
         FLAT=walk.flat,
         BY_FRAME=walk.frames > 1,
         FOLD=walk.fold,
@@ -271,8 +285,15 @@ def plan_loss(
     )
     return LossPlan(
         (ceil_div(walk.positions, launch.block_p), groups, batch * walk.frames),
-        (*walk.strides, mask_strides),
-        (tuple(pred.shape), tiles, config.loss_delta, Stages.of(config), Normalization.of(config), options),
+        tuple(None if x is None else (*coded_if(code, x[:2]), *x[2:]) for x in (*walk.strides, mask_strides)),
+        (
+            coded_if(code, pred.shape),
+            *coded_if(code, [tiles]),
+            config.loss_delta,
+            Stages.of(config),
+            Normalization.of(config),
+            options,
+        ),
         launch.options(),
     )
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
-from masked_loss_triton.kernels.stages import split_position
+from masked_loss_triton.kernels.stages import decoded, split_position
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def warps() -> int:
 
 
 class Operand(NamedTuple):
-    """A tensor (B, C, F, H, W), or a mask (B, F, H, W): its pointer and its strides, those of b, c, f and h divided by DIVISOR."""
+    """A tensor (B, C, F, H, W), or a mask (B, F, H, W): its pointer; its strides, all but w divided by DIVISOR, b and c coded."""
 
     ptr: torch.Tensor
     b: int
@@ -86,10 +86,11 @@ class Walk:
         fold = 2 if in_rows and itemsize == 2 and positions % 8 == 4 and channels % 2 == 0 else 1
 
         def steps(tensor: Layout) -> tuple[int, ...]:
-            b, c, *rest, w = tensor.used_strides
-            if flat:
+            b, c, f, h, w = tensor.used_strides
+            if flat:  # what is not read is the same in all tensors
+                f, h = f if by_frame else 0, 0
                 w = (tensor.position_stride_in_frame if by_frame else tensor.position_stride) or 0
-            return b, c * fold, *rest, w
+            return b, c * fold, f, h, w
 
         used = [step for tensor in given for step in steps(tensor)[: (3 if by_frame else 2) if flat else 4]]
         divisor = common_divisor([positions * fold, *used], 16)
@@ -123,7 +124,8 @@ def mask_steps(mask: Layout | None) -> tuple[tuple[int, ...] | None, bool, int]:
     b, *rest = mask.used_strides
     flat = mask.position_stride == 1
     divisor = common_divisor([b], 16) if flat else 1
-    return (b // divisor, 0, *rest), flat, divisor
+    *rows, w = (0, 0, 1) if flat else rest
+    return (b // divisor, 0, *rows, w), flat, divisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +221,35 @@ def walked(shape, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def sizes_of(shape, OPTIONS: tl.constexpr):
+    """(B, C, F, H, W), from what `coded_if` has made of it."""
+    batch, channels, frames, height, width = shape
+    return (
+        decoded(batch, OPTIONS),
+        decoded(channels, OPTIONS),
+        decoded(frames, OPTIONS),
+        decoded(height, OPTIONS),
+        decoded(width, OPTIONS),
+    )
+
+
+@triton.jit
+def step_of(code, OPTIONS: tl.constexpr):
+    """The stride that an operand has as `b` or `c`."""
+    return decoded(code, OPTIONS) * OPTIONS.DIVISOR
+
+
+@triton.jit
 def offsets_of(tensor, b, at, position, OPTIONS: tl.constexpr):
     """Offsets of positions in channel 0 of sample b; a tensor whose positions are one run needs no (row, column)."""
-    start = b.to(tl.int64) * (tensor.b * OPTIONS.DIVISOR)
+    DIVISOR: tl.constexpr = OPTIONS.DIVISOR
+    start = b.to(tl.int64) * step_of(tensor.b, OPTIONS)
     if OPTIONS.BY_FRAME:
-        start += at[0] * (tensor.f * OPTIONS.DIVISOR)
+        start += at[0] * (tensor.f * DIVISOR)
     if OPTIONS.FLAT:
         return start + position * tensor.w
-    offsets = start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)
+    rows = at[0] * (tensor.f * DIVISOR) + at[1] * (tensor.h * DIVISOR)
+    offsets = start + (rows + at[2] * tensor.w)
     if OPTIONS.ROWS_OF_FOUR:
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, 4)), (1, 4))
     return offsets

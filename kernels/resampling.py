@@ -209,9 +209,9 @@ def raw_mask(mask_ptr, position, valid, grid, how, stages, OPTIONS: tl.constexpr
 
 
 def resampling_of(
-    mask: Layout, grid: tuple[int, int, int], mode: str
+    mask: Layout, grid: tuple[int, int, int], mode: str, packed: bool = False
 ) -> tuple[Resampling, dict[str, bool | int | str]]:
-    """The numbers of a mask's way to the grid, and the options that go with them."""
+    """The numbers of a mask's way to the grid, and the options that go with them. packed: see `place`."""
     _, mask_frames, mask_height, mask_width = mask.shape
     if (mask_height, mask_width) == grid[1:]:
         mode = "area"  # a window of one: the value itself, also beside a NaN
@@ -233,7 +233,10 @@ def resampling_of(
         scale_h=mask_height / grid[1],
         scale_w=mask_width / grid[2],
     )
-    flat = mask.shape[1:] == grid and mask.position_stride == 1
+    flat = mask.shape[1:] == grid and mask.position_stride == 1 and not packed
+    if flat:
+        # Nothing else is read, and numbers that differ would be other kernels.
+        numbers = Resampling(0, 0, 0, numbers.b, 0, 0, 1, 1, 1, 1, 1.0, 1.0)
     return numbers, dict(MODE=mode, FLAT=flat, WINDOW_H=window_h, WINDOW_W=window_w, DIVISOR=divisor)
 
 

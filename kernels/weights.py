@@ -25,6 +25,8 @@ from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
+    coded_if,
+    decoded,
     gaussian_tap,
     sample_gates,
     smaller,
@@ -101,10 +103,13 @@ def resample_kernel(mask_ptr, raw_ptr, minus_most_ptr, grid, how, stages, OPTION
     With STATS also minus the largest mask value of each block, (B or 1, blocks).
     """
     b = tl.program_id(1).to(tl.int64)
+    grid = (decoded(grid[0], OPTIONS), decoded(grid[1], OPTIONS), decoded(grid[2], OPTIONS))
     positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     position = tl.program_id(0) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
     valid = position < positions
-    m, minus_most = raw_mask(mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS)
+    m, minus_most = raw_mask(
+        mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
+    )
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
     if OPTIONS.STATS:
         block = b * tl.num_programs(0) + tl.program_id(0)
@@ -129,7 +134,7 @@ def blurred_mask(raw_ptr, position, valid, grid, blur, OPTIONS: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["repeats"])
 def weights_kernel(
     mask_ptr,  # the mask, under a blur the raw mask, or None
     minus_most_ptr,  # what `resample_kernel` wrote, or None
@@ -151,6 +156,7 @@ def weights_kernel(
     HAS_PRIOR: tl.constexpr = OPTIONS.HAS_PRIOR
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
+    grid = (decoded(grid[0], OPTIONS), decoded(grid[1], OPTIONS), decoded(grid[2], OPTIONS))
     if (tile == 0) & (b == 0):
         tl.store(result.ticket_ptr, 0)
     # Divided and multiplied back: the compiler then knows what divides it, and a mask in one run is read 128 bits at a time.
@@ -175,11 +181,11 @@ def weights_kernel(
             minus_most = -raw
         elif blur is None:
             raw, minus_most = raw_mask(
-                mask_ptr + b * (how.b * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
+                mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
             )
             blurred = raw
         else:
-            sample_ptr = mask_ptr + b * (how.b * OPTIONS.DIVISOR)
+            sample_ptr = mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR)
             cell = position
             if OPTIONS.PACKED:
                 _, row, column = place(position, grid, OPTIONS)
@@ -190,8 +196,8 @@ def weights_kernel(
             if OPTIONS.STATS:
                 blocks = (positions + BLOCK - 1) // BLOCK
                 block = tl.minimum(tile * blocks_per_tile + step, blocks - 1)
-                # `how.b` is 0 where all samples share one mask.
-                row = tl.where(how.b == 0, 0, b)
+                # The stride is 0 where all samples share one mask.
+                row = tl.where(decoded(how.b, OPTIONS) == 0, 0, b)
                 minus_most = tl.full((BLOCK,), 0.0, tl.float32) + tl.load(minus_most_ptr + row * blocks + block)
         w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
         raw = tl.where(mask_gate, raw, 1.0)
@@ -287,22 +293,34 @@ def plan_weights(
     stages = Stages.of(config)
 
     def options(**more: bool | int | str) -> WeightsOptions:
-        fields = dict(INVERT=config.invert, FLOOR=config.floor, HAS_PRIOR=has_prior, STATS=stats, BLOCK=launch.block)
+        fields = dict(
+            INVERT=config.invert,
+            FLOOR=config.floor,
+            CODED=False,
+            HAS_PRIOR=has_prior,
+            STATS=stats,
+            BLOCK=launch.block,
+        )
         return WeightsOptions(**{**fields, **more})  # type: ignore[arg-type]
 
     how = blur = before_blur = None
     more: dict[str, bool | int | str] = dict(DIVISOR=common_divisor([positions], 16))
     if mask is not None:
-        how, more = resampling_of(mask, shape, config.resample)
+        how, more = resampling_of(mask, shape, config.resample, packed and not blurred)
     if mask is not None and blurred:
         before_blur = (shape, how, stages, options(**more))
         raw = Layout((mask.shape[0], *shape), (positions, positions // frames, grid[2], 1), torch.float32)
-        how, more = resampling_of(raw, shape, config.resample)
+        how, more = resampling_of(raw, shape, config.resample, packed)
         more |= dict(KERNEL_SIZE=config.blur_kernel_size)
         blur = Blur.of(config.blur_kernel_size)
     if packed and mask is not None:
-        more |= dict(PACKED=True, FLAT=False)
-    arguments = (shape, how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
+        more |= dict(PACKED=True)
+    # What lies on the grid is read as one run; anything else takes the compiler all that it can know.
+    coded = not blurred and bool(more.get("FLAT", True))
+    more |= dict(CODED=coded)
+    if coded and how is not None:
+        how = how._replace(b=coded_if(coded, (how.b,))[0])
+    arguments = (coded_if(coded, shape), how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
     return WeightsPlan(launch, not on_grid or blurred or (packed and mask is not None), shape, before_blur, arguments)
 
 

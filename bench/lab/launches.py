@@ -87,6 +87,11 @@ class Launch:
             _compiled[key] = triton.compile(source, target=target, options=packed.__dict__)
         return _compiled[key]
 
+    def specialization(self, target: GPUTarget) -> str:
+        """What the JIT compiles a kernel for: launches with the same text share one."""
+        packed, signature, constants, attributes = self._specialised(target)
+        return repr((self.name, signature, constants, attributes, packed))
+
     def passed(self, target: GPUTarget) -> dict[str, Any]:
         """The leaves that are passed to the compiled kernel, and are not constants of its code."""
         kinds = tree_leaves(list(self._specialised(target)[1].values()))

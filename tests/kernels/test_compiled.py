@@ -165,6 +165,14 @@ def test_sums_of_other_programs_are_read_past_the_first_cache_on_both_makers_dev
     assert nvidia[0] == 8
 
 
+def test_buckets_share_their_kernels():
+    finished = run("bench.lab.buckets")
+    assert finished.returncode == 0, finished.stderr
+    counts = [int(count) for count in re.findall(r"(\d+) kernels", finished.stdout)]
+    assert len(counts) == 6
+    assert max(counts) <= 13, finished.stdout
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_weights_of_a_long_clip_are_made_by_all_of_the_device(batch):
     """HunyuanVideo, 720p, 129 frames: four programs and more for each of an H100's multiprocessors."""
