@@ -57,13 +57,25 @@ class Sample(NamedTuple):
     prior_weight: float
     factors_ptr: (
         torch.Tensor | None
-    )  # (2, B) float32: the factors themselves, where denominators span more than this batch
+    )  # (2, B) float32: the factors themselves, where denominators span several processes
+    given_ptr: torch.Tensor | None  # () or None: the denominator of the target term, or of the mean over samples
+    given: float | None  # the same as a number; None where the sums of this batch are the denominators
+    given_prior_ptr: torch.Tensor | None
+    given_prior: float | None
 
     @classmethod
     def of(cls, call: LossInputs, factors: torch.Tensor | None) -> Sample:
-        given = (call.weighting, call.loss_delta, call.prior_weight)
-        weighting, delta, prior_weight = (None if x is None else x.contiguous() for x in given)
-        return cls(weighting, delta, prior_weight, call.prior_number, factors)
+        tensors = (call.weighting, call.loss_delta, call.prior_weight)
+        weighting, delta, prior_weight = (None if x is None else x.contiguous() for x in tensors)
+        given: tuple[torch.Tensor | None, float | None] = (None, None)
+        given_prior = given
+        if factors is None and call.normalizer is not None:
+            given, given_prior = _by_kind(call.normalizer[0]), _by_kind(call.normalizer[-1])
+        return cls(weighting, delta, prior_weight, call.prior_number, factors, *given, *given_prior)
+
+
+def _by_kind(number: torch.Tensor | float) -> tuple[torch.Tensor | None, float | None]:
+    return (number, 0.0) if isinstance(number, torch.Tensor) else (None, float(number))
 
 
 class Outputs(NamedTuple):
@@ -105,16 +117,42 @@ def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, OPTIONS: tl.co
 
 
 @triton.jit
-def denominator(partials_ptr, tiles, b, batch, channels, elements, eps, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
-    """What the weighted errors of sample b are divided by, of one plane of the partial sums."""
-    if OPTIONS.NORMALIZATION == "mean":
-        return elements
-    total = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS) * channels
-    if OPTIONS.NORMALIZATION == "mean_one":
-        return total + eps * elements
+def given_number(ptr, number):
+    """A number of the caller, wherever it is."""
+    if ptr is not None:
+        return tl.load(ptr).to(tl.float32)
     else:
-        tl.static_assert(OPTIONS.NORMALIZATION == "weighted_mean", "unknown normalization")
-        return total + eps
+        return number
+
+
+@triton.jit
+def denominator(
+    partials_ptr,
+    tiles,
+    b,
+    batch,
+    channels,
+    elements,
+    eps,
+    given_ptr,
+    given,
+    PLANE: tl.constexpr,
+    OPTIONS: tl.constexpr,
+):
+    """What the weighted errors of sample b are divided by: what the caller gave, or one plane of the partial sums."""
+    GIVEN: tl.constexpr = given is not None and not OPTIONS.PER_SAMPLE
+    below = elements
+    if GIVEN:
+        below = given_number(given_ptr, given)
+    elif OPTIONS.NORMALIZATION != "mean":
+        below = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS) * channels
+    if OPTIONS.NORMALIZATION == "mean_one":
+        below += eps * elements
+    elif OPTIONS.NORMALIZATION == "weighted_mean":
+        below += eps
+    else:
+        tl.static_assert(OPTIONS.NORMALIZATION == "mean", "unknown normalization")
+    return below
 
 
 @triton.jit
@@ -131,9 +169,24 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
     elements = 1.0 * channels * (frames * height * width)
     if OPTIONS.PER_SAMPLE:
         samples = samples * batch
+        if sample.given is not None:
+            samples = given_number(sample.given_ptr, sample.given)
     else:
         elements = elements * batch
-    s = 1.0 / (denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_W, OPTIONS) * samples)
+    below = denominator(
+        partials_ptr,
+        tiles,
+        b,
+        batch,
+        channels,
+        elements,
+        norm.eps,
+        sample.given_ptr,
+        sample.given,
+        SUM_W,
+        OPTIONS,
+    )
+    s = 1.0 / (below * samples)
     if norm.area_scale_beta is not None:
         sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, OPTIONS)
         s = s * power(sum_raw * channels / elements, norm.area_scale_beta)
@@ -142,7 +195,19 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
         prior_weight = sample.prior_weight
         if sample.prior_weight_ptr is not None:
             prior_weight = tl.load(sample.prior_weight_ptr + b).to(tl.float32)
-        below = denominator(partials_ptr, tiles, b, batch, channels, elements, norm.eps, SUM_V, OPTIONS)
+        below = denominator(
+            partials_ptr,
+            tiles,
+            b,
+            batch,
+            channels,
+            elements,
+            norm.eps,
+            sample.given_prior_ptr,
+            sample.given_prior,
+            SUM_V,
+            OPTIONS,
+        )
         r = prior_weight / (below * samples)
     if sample.weighting_ptr is not None:
         weighting = tl.load(sample.weighting_ptr + b).to(tl.float32)

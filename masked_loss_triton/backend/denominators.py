@@ -18,11 +18,6 @@ from masked_loss_triton.config import MaskedLossConfig
 Factor = torch.Tensor | float  # of each sample, (B,), or one of all, 0-d or a number
 
 
-def needs_exchange(inputs: LossInputs) -> bool:
-    """True when the denominators come from more than the batch at hand."""
-    return inputs.normalizer is not None or inputs.process_group is not None
-
-
 def loss_factors(
     sum_w: torch.Tensor, sum_v: torch.Tensor, sum_raw: torch.Tensor, inputs: LossInputs, config: MaskedLossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ grad_output, on the device, and returns at once where that is 1.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from masked_loss_triton.backend import refuse_second_derivative
-from masked_loss_triton.backend.denominators import loss_factors, needs_exchange
+from masked_loss_triton.backend.denominators import loss_factors
 from masked_loss_triton.backend.layout import as_given
 from masked_loss_triton.backend.replay import ALIGNMENT, Recording, Tensors
 from masked_loss_triton.call import TENSORS, FlowTarget, LossInputs, describe
@@ -36,7 +37,8 @@ def loss(
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
     plain = _is_plain(inputs.pred)
     factors = None
-    if needs_exchange(inputs):
+    # One process divides inside the launches; what spans several, and what crosses the border of an operator, is made here.
+    if inputs.process_group is not None or (inputs.normalizer is not None and not plain):
         with torch.no_grad():
             sums = _sums(inputs, config) if plain else OPERATORS.sums(*_flat(inputs, None), config.to_text())
             factors = torch.stack(loss_factors(sums[0], sums[1], sums[2], inputs, config)).contiguous()
@@ -70,10 +72,10 @@ class FusedLoss(torch.autograd.Function):
         total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write, recording=recording)
         # No saved tensor: the backward scales it in place and gives it away, once.
         ctx.gradient = gradient if write else None
-        flat = _flat(inputs, factors)
-        ctx.numbers = flat[_SIZE:]
+        flat, given = _flat(inputs, factors), inputs.normalizer if factors is None else None
+        ctx.numbers, ctx.given = flat[_SIZE:], given
         ctx.config, ctx.recording = config, recording
-        ctx.save_for_backward(*flat[:_SIZE])
+        ctx.save_for_backward(*flat[:_SIZE], *(x for x in given or () if isinstance(x, torch.Tensor)))
         ctx.mark_non_differentiable(numbers)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
         return total, numbers
@@ -86,7 +88,11 @@ class FusedLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors  # refuses where one of them was changed, or freed
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            inputs, factors = _call(*tensors, *ctx.numbers)
+            inputs, factors = _call(*tensors[:_SIZE], *ctx.numbers)
+            if ctx.given is not None:
+                rest = iter(tensors[_SIZE:])
+                given = tuple(next(rest) if isinstance(x, torch.Tensor) else x for x in ctx.given)
+                inputs = dataclasses.replace(inputs, normalizer=given)
             gradient = run(inputs, factors, ctx.config, grad_output=grad_output)[2]
         else:
             _scale(gradient, grad_output, ctx.recording)

@@ -112,9 +112,11 @@ def test_cuxray_finds_no_spill_and_no_unexplained_access_in_any_variant():
 ODD = """
 import torch
 from bench.cases import Call
-from bench.lab.launches import DEVICES, launches_of
+from bench.lab.launches import DEVICES, launches_of, recorded
 from masked_loss_triton import MaskedLossConfig
-from masked_loss_triton.config import LOSS_TYPES
+from masked_loss_triton.backend import fused
+from masked_loss_triton.call import describe
+from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS
 def compiled(shape, mask, config=MaskedLossConfig(), **prior):
     pred = torch.randn(shape, requires_grad=True)
     call = Call(pred, torch.randn(shape), mask, prior.get("prior"), config, "channels_first")
@@ -133,11 +135,21 @@ compiled((2, 3, 4, 6, 5), m(2, 1, 3, 2), MaskedLossConfig(resample="bicubic"))
 compiled((2, 4, 4, 6, 6), m(1, 1, 1, 48).expand(2, 1, 48, 48))
 for kind in LOSS_TYPES:
     compiled((1, 16, 2, 6, 5), m(1, 1, 6, 5), MaskedLossConfig(loss_type=kind, loss_delta=0.3))
+for normalization in NORMALIZATIONS:
+    for per_sample in (False, True):
+        for given in (None, 7, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)):
+            config = MaskedLossConfig(normalization=normalization, per_sample=per_sample)
+            pred = torch.randn(2, 4, 1, 5, 6, requires_grad=True)
+            inputs = describe(pred, pred.detach(), m(2, 1, 5, 6), config, normalizer=given)
+            with recorded() as launches:
+                fused.loss(inputs, config, False)
+            for launch in launches:
+                launch.compile(DEVICES["sm_90"].target)
 """
 
 
 @pytest.mark.slow
-def test_sizes_and_strides_of_one_and_every_kind_of_loss_compile():
+def test_sizes_and_strides_of_one_every_kind_of_loss_and_every_denominator_compile():
     finished = python("-c", ODD)
     assert finished.returncode == 0, finished.stderr
 
