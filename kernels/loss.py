@@ -259,7 +259,8 @@ def plan_loss(
     walk = Walk.over(operands[:5])
     mask_strides, mask_flat, mask_divisor = mask_steps(mask)
     launch = LossLaunch.choose(batch, walk, has_prior, multiprocessors)
-    code = walk.flat and not walk.channels_innermost
+    # Where channels lie innermost, their stride has to be known as 1.
+    coded = walk.flat and not walk.channels_innermost
     groups = ceil_div(walk.channels, launch.block_c * launch.channel_blocks)
     options = LossOptions(
         INVERT=config.invert,
@@ -267,7 +268,7 @@ def plan_loss(
         LOSS_TYPE=config.loss_type,
         NORMALIZATION=config.normalization,
         PER_SAMPLE=config.per_sample,
-        CODED=code,
+        CODED=coded,
         FLAT=walk.flat,
         BY_FRAME=walk.frames > 1,
         FOLD=walk.fold,
@@ -285,10 +286,10 @@ def plan_loss(
     )
     return LossPlan(
         (ceil_div(walk.positions, launch.block_p), groups, batch * walk.frames),
-        tuple(None if x is None else (*coded_if(code, x[:2]), *x[2:]) for x in (*walk.strides, mask_strides)),
+        tuple(None if x is None else (*coded_if(coded, x[:2]), *x[2:]) for x in (*walk.strides, mask_strides)),
         (
-            coded_if(code, pred.shape),
-            *coded_if(code, [tiles]),
+            coded_if(coded, pred.shape),
+            *coded_if(coded, [tiles]),
             config.loss_delta,
             Stages.of(config),
             Normalization.of(config),

@@ -41,7 +41,7 @@ class Stages(NamedTuple):
 class StageOptions:
     """What the code of the stages depends on; a kernel takes one object of a subclass as its only constexpr.
 
-    CODED: sizes and some strides are (see `coded`).
+    CODED: sizes and some strides are `coded`.
     """
 
     CODED: bool
@@ -142,13 +142,13 @@ def coded(size: int) -> int:
 
     Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, and for each combination of such integers: the
     buckets of one data set took dozens of kernels. This one is a 1 for 0 alone. What divides a size, a constant says
-    (`Walk.divisor`). Only where the positions are one run of memory (CODED): elsewhere the
-    compiler needs to know all that it can.
+    (`Walk.divisor`). Only where positions are one run of memory: elsewhere the compiler needs to know all that it can.
     """
     return 2 * size + 1
 
 
 def coded_if(wanted: bool, sizes: Iterable[int]) -> tuple[int, ...]:
+    """The sizes, coded or as they are."""
     return tuple(map(coded, sizes)) if wanted else tuple(sizes)
 
 
