@@ -40,9 +40,12 @@ def short_factors(
     samples: Any = 1
     mean_raw: Any = 1.0
     total_v: Any = 0.0
+    given = None  # in the dtype of the sums: a quotient of bfloat16 would have two digits
+    if inputs.normalizer is not None:
+        given = [x.to(sum_w.dtype) if isinstance(x, torch.Tensor) else x for x in inputs.normalizer]
     # Numbers stay numbers as long as they can: each tensor of one element costs an operation, or a launch.
     if config.per_sample:
-        samples = batch if inputs.normalizer is None else inputs.normalizer[0]
+        samples = batch if given is None else given[0]
         (samples,), group_size = _exchanged([samples], sum_w, inputs)
         total_w, count = channels * sum_w, channels * positions
         total_v = channels * sum_v if has_prior else total_v
@@ -51,10 +54,10 @@ def short_factors(
         total_w, count = channels * _over_batch(sum_w), batch * channels * positions
         total_v = channels * _over_batch(sum_v) if has_prior else total_v
         total_raw = _over_batch(sum_raw) if config.area_scale_beta else 0.0
-        if inputs.normalizer is not None and config.normalization == "mean":
-            count = inputs.normalizer[0]
-        elif inputs.normalizer is not None:
-            total_w, total_v = inputs.normalizer[0], inputs.normalizer[-1]
+        if given is not None and config.normalization == "mean":
+            count = given[0]
+        elif given is not None:
+            total_w, total_v = given[0], given[-1]
         totals = [total_w, total_v, count, total_raw, batch * positions]
         (total_w, total_v, count, total_raw, count_raw), group_size = _exchanged(totals, sum_w, inputs)
         mean_raw = total_raw / count_raw if config.area_scale_beta else mean_raw
