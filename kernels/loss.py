@@ -24,6 +24,8 @@ from masked_loss_triton.kernels.operands import (
     LossLaunch,
     Operand,
     Walk,
+    coded,
+    decoded,
     mask_steps,
     offsets_of,
     sizes_of,
@@ -34,8 +36,6 @@ from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
-    coded_if,
-    decoded,
     error_and_slope,
     raw_of,
     read,
@@ -260,7 +260,7 @@ def plan_loss(
     mask_strides, mask_flat, mask_divisor = mask_steps(mask)
     launch = LossLaunch.choose(batch, walk, has_prior, multiprocessors)
     # Where channels lie innermost, their stride has to be known as 1.
-    coded = walk.flat and not walk.channels_innermost
+    code = walk.flat and not walk.channels_innermost
     groups = ceil_div(walk.channels, launch.block_c * launch.channel_blocks)
     options = LossOptions(
         INVERT=config.invert,
@@ -268,7 +268,7 @@ def plan_loss(
         LOSS_TYPE=config.loss_type,
         NORMALIZATION=config.normalization,
         PER_SAMPLE=config.per_sample,
-        CODED=coded,
+        CODED=code,
         FLAT=walk.flat,
         BY_FRAME=walk.frames > 1,
         FOLD=walk.fold,
@@ -286,10 +286,10 @@ def plan_loss(
     )
     return LossPlan(
         (ceil_div(walk.positions, launch.block_p), groups, batch * walk.frames),
-        tuple(None if x is None else (*coded_if(coded, x[:2]), *x[2:]) for x in (*walk.strides, mask_strides)),
+        tuple(None if x is None else (*coded(x[:2], code), *x[2:]) for x in (*walk.strides, mask_strides)),
         (
-            coded_if(coded, pred.shape),
-            *coded_if(coded, [tiles]),
+            coded(pred.shape, code),
+            *coded([tiles], code),
             config.loss_delta,
             Stages.of(config),
             Normalization.of(config),

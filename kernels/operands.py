@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor, next_power_of_2
-from masked_loss_triton.kernels.stages import decoded, split_position
+from masked_loss_triton.kernels.stages import split_position
 
 
 @functools.cache
@@ -23,6 +23,25 @@ def warps() -> int:
     """
     wide = torch.version.hip is not None and torch.cuda.get_device_properties("cuda").warp_size == 64
     return 2 if wide else 4
+
+
+def coded(sizes: Iterable[int], wanted: bool) -> tuple[int, ...]:
+    """Sizes or strides as a kernel takes them: 2 n + 1, or as they are.
+
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, and for each combination of such integers: the
+    buckets of one data set took dozens of kernels. 2 n + 1 is a 1 for 0 alone. What divides a size, a constant says
+    (`Walk.divisor`). Wanted only where positions are one run of memory: elsewhere the compiler needs to know all that it can.
+    """
+    return tuple(2 * size + 1 for size in sizes) if wanted else tuple(sizes)
+
+
+@triton.jit
+def decoded(size, OPTIONS: tl.constexpr):
+    """The number that `coded` took."""
+    if OPTIONS.CODED:
+        return size // 2  # not >>, which Triton's interpreter gets wrong between 2^31 and 2^32
+    else:
+        return size
 
 
 class Operand(NamedTuple):
@@ -87,7 +106,7 @@ class Walk:
 
         def steps(tensor: Layout) -> tuple[int, ...]:
             b, c, f, h, w = tensor.used_strides
-            if flat:  # what is not read is the same in all tensors
+            if flat:  # strides that nobody reads must not make kernels of their own
                 f, h = f if by_frame else 0, 0
                 w = (tensor.position_stride_in_frame if by_frame else tensor.position_stride) or 0
             return b, c * fold, f, h, w
@@ -124,8 +143,8 @@ def mask_steps(mask: Layout | None) -> tuple[tuple[int, ...] | None, bool, int]:
     b, *rest = mask.used_strides
     flat = mask.position_stride == 1
     divisor = common_divisor([b], 16) if flat else 1
-    *rows, w = (0, 0, 1) if flat else rest
-    return (b // divisor, 0, *rows, w), flat, divisor
+    f, h, w = (0, 0, 1) if flat else rest
+    return (b // divisor, 0, f, h, w), flat, divisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +241,7 @@ def walked(shape, OPTIONS: tl.constexpr):
 
 @triton.jit
 def sizes_of(shape, OPTIONS: tl.constexpr):
-    """(B, C, F, H, W), from what `coded_if` has made of it."""
+    """(B, C, F, H, W), decoded."""
     batch, channels, frames, height, width = shape
     return (
         decoded(batch, OPTIONS),
@@ -235,21 +254,19 @@ def sizes_of(shape, OPTIONS: tl.constexpr):
 
 @triton.jit
 def step_of(code, OPTIONS: tl.constexpr):
-    """The stride that an operand has as `b` or `c`."""
+    """The stride of which an operand holds this as `b` or `c`."""
     return decoded(code, OPTIONS) * OPTIONS.DIVISOR
 
 
 @triton.jit
 def offsets_of(tensor, b, at, position, OPTIONS: tl.constexpr):
     """Offsets of positions in channel 0 of sample b; a tensor whose positions are one run needs no (row, column)."""
-    DIVISOR: tl.constexpr = OPTIONS.DIVISOR
     start = b.to(tl.int64) * step_of(tensor.b, OPTIONS)
     if OPTIONS.BY_FRAME:
-        start += at[0] * (tensor.f * DIVISOR)
+        start += at[0] * (tensor.f * OPTIONS.DIVISOR)
     if OPTIONS.FLAT:
         return start + position * tensor.w
-    rows = at[0] * (tensor.f * DIVISOR) + at[1] * (tensor.h * DIVISOR)
-    offsets = start + (rows + at[2] * tensor.w)
+    offsets = start + (at[0] * (tensor.f * OPTIONS.DIVISOR) + at[1] * (tensor.h * OPTIONS.DIVISOR) + at[2] * tensor.w)
     if OPTIONS.ROWS_OF_FOUR:
         offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, 4)), (1, 4))
     return offsets

@@ -8,7 +8,6 @@ rho(d), rho'(d)                                                         the erro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,9 +43,9 @@ class StageOptions:
     CODED: sizes and some strides are `coded`.
     """
 
-    CODED: bool
     INVERT: bool
     FLOOR: str
+    CODED: bool = False
 
 
 class Gates(NamedTuple):
@@ -135,30 +134,6 @@ def target_and_prior_weight(
             w = w * (1.0 - v)
     v = tl.where(v <= SNAP, 0.0, v)
     return tl.where(mask_gate, w, 1.0), tl.where(mask_gate, v, 0.0)
-
-
-def coded(size: int) -> int:
-    """A size or a stride as a kernel takes it: 2 n + 1.
-
-    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, and for each combination of such integers: the
-    buckets of one data set took dozens of kernels. This one is a 1 for 0 alone. What divides a size, a constant says
-    (`Walk.divisor`). Only where positions are one run of memory: elsewhere the compiler needs to know all that it can.
-    """
-    return 2 * size + 1
-
-
-def coded_if(wanted: bool, sizes: Iterable[int]) -> tuple[int, ...]:
-    """The sizes, coded or as they are."""
-    return tuple(map(coded, sizes)) if wanted else tuple(sizes)
-
-
-@triton.jit
-def decoded(size, OPTIONS: tl.constexpr):
-    """The number that `coded` took, or that came as it is."""
-    if OPTIONS.CODED:
-        return size // 2  # not >>, which Triton's interpreter gets wrong between 2^31 and 2^32
-    else:
-        return size
 
 
 @triton.jit

@@ -48,6 +48,19 @@ class Normalization(NamedTuple):
         return cls(config.eps, config.area_scale_beta or None)
 
 
+class Given(NamedTuple):
+    """A denominator of the caller's own: a tensor of one element, or else a number; both None where there is none."""
+
+    ptr: torch.Tensor | None
+    number: float | None
+
+    @classmethod
+    def of(cls, value: torch.Tensor | float | None) -> Given:
+        if isinstance(value, torch.Tensor):
+            return cls(value, 0.0)
+        return cls(None, None if value is None else float(value))
+
+
 class Sample(NamedTuple):
     """What each sample has of its own: what goes into its factor beside the sums of its weights, and its delta."""
 
@@ -55,27 +68,17 @@ class Sample(NamedTuple):
     delta_ptr: torch.Tensor | None  # (B,), or None: one for all
     prior_weight_ptr: torch.Tensor | None  # (B,), or None: `prior_weight` for all
     prior_weight: float
-    factors_ptr: (
-        torch.Tensor | None
-    )  # (2, B) float32: the factors themselves, where denominators span several processes
-    given_ptr: torch.Tensor | None  # () or None: the denominator of the target term, or of the mean over samples
-    given: float | None  # the same as a number; None where the sums of this batch are the denominators
-    given_prior_ptr: torch.Tensor | None
-    given_prior: float | None
+    # (2, B) float32: the factors themselves, where denominators span several processes
+    factors_ptr: torch.Tensor | None
+    given: Given  # in place of the sum of the weights, or of the number of samples
+    given_prior: Given
 
     @classmethod
     def of(cls, call: LossInputs, factors: torch.Tensor | None) -> Sample:
         tensors = (call.weighting, call.loss_delta, call.prior_weight)
         weighting, delta, prior_weight = (None if x is None else x.contiguous() for x in tensors)
-        given: tuple[torch.Tensor | None, float | None] = (None, None)
-        given_prior = given
-        if factors is None and call.normalizer is not None:
-            given, given_prior = _by_kind(call.normalizer[0]), _by_kind(call.normalizer[-1])
-        return cls(weighting, delta, prior_weight, call.prior_number, factors, *given, *given_prior)
-
-
-def _by_kind(number: torch.Tensor | float) -> tuple[torch.Tensor | None, float | None]:
-    return (number, 0.0) if isinstance(number, torch.Tensor) else (None, float(number))
+        given = (None, None) if factors is not None or call.normalizer is None else call.normalizer
+        return cls(weighting, delta, prior_weight, call.prior_number, factors, Given.of(given[0]), Given.of(given[-1]))
 
 
 class Outputs(NamedTuple):
@@ -117,35 +120,22 @@ def plane_sum(partials_ptr, b, tiles, batch, PLANE: tl.constexpr, OPTIONS: tl.co
 
 
 @triton.jit
-def given_number(ptr, number):
-    """A number of the caller, wherever it is."""
-    if ptr is not None:
-        return tl.load(ptr).to(tl.float32)
+def number_of(given):
+    """The number of a `Given`."""
+    if given.ptr is not None:
+        return tl.load(given.ptr).to(tl.float32)
     else:
-        return number
+        return given.number
 
 
 @triton.jit
-def denominator(
-    partials_ptr,
-    tiles,
-    b,
-    batch,
-    channels,
-    elements,
-    eps,
-    given_ptr,
-    given,
-    PLANE: tl.constexpr,
-    OPTIONS: tl.constexpr,
-):
+def denominator(partials_ptr, tiles, b, shape, elements, eps, given, PLANE: tl.constexpr, OPTIONS: tl.constexpr):
     """What the weighted errors of sample b are divided by: what the caller gave, or one plane of the partial sums."""
-    GIVEN: tl.constexpr = given is not None and not OPTIONS.PER_SAMPLE
     below = elements
-    if GIVEN:
-        below = given_number(given_ptr, given)
+    if given.number is not None and not OPTIONS.PER_SAMPLE:
+        below = number_of(given)
     elif OPTIONS.NORMALIZATION != "mean":
-        below = plane_sum(partials_ptr, b, tiles, batch, PLANE, OPTIONS) * channels
+        below = plane_sum(partials_ptr, b, tiles, shape[0], PLANE, OPTIONS) * shape[1]
     if OPTIONS.NORMALIZATION == "mean_one":
         below += eps * elements
     elif OPTIONS.NORMALIZATION == "weighted_mean":
@@ -169,24 +159,11 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
     elements = 1.0 * channels * (frames * height * width)
     if OPTIONS.PER_SAMPLE:
         samples = samples * batch
-        if sample.given is not None:
-            samples = given_number(sample.given_ptr, sample.given)
+        if sample.given.number is not None:
+            samples = number_of(sample.given)
     else:
         elements = elements * batch
-    below = denominator(
-        partials_ptr,
-        tiles,
-        b,
-        batch,
-        channels,
-        elements,
-        norm.eps,
-        sample.given_ptr,
-        sample.given,
-        SUM_W,
-        OPTIONS,
-    )
-    s = 1.0 / (below * samples)
+    s = 1.0 / (denominator(partials_ptr, tiles, b, shape, elements, norm.eps, sample.given, SUM_W, OPTIONS) * samples)
     if norm.area_scale_beta is not None:
         sum_raw = plane_sum(partials_ptr, b, tiles, batch, SUM_RAW, OPTIONS)
         s = s * power(sum_raw * channels / elements, norm.area_scale_beta)
@@ -195,19 +172,7 @@ def factors(partials_ptr, tiles, sample, b, shape, norm, OPTIONS: tl.constexpr, 
         prior_weight = sample.prior_weight
         if sample.prior_weight_ptr is not None:
             prior_weight = tl.load(sample.prior_weight_ptr + b).to(tl.float32)
-        below = denominator(
-            partials_ptr,
-            tiles,
-            b,
-            batch,
-            channels,
-            elements,
-            norm.eps,
-            sample.given_prior_ptr,
-            sample.given_prior,
-            SUM_V,
-            OPTIONS,
-        )
+        below = denominator(partials_ptr, tiles, b, shape, elements, norm.eps, sample.given_prior, SUM_V, OPTIONS)
         r = prior_weight / (below * samples)
     if sample.weighting_ptr is not None:
         weighting = tl.load(sample.weighting_ptr + b).to(tl.float32)

@@ -19,14 +19,12 @@ import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels.launches import FUSION, Launches
-from masked_loss_triton.kernels.operands import warps
+from masked_loss_triton.kernels.operands import coded, decoded, step_of, warps
 from masked_loss_triton.kernels.resampling import place, raw_mask, resampling_of
 from masked_loss_triton.kernels.stages import (
     Gates,
     StageOptions,
     Stages,
-    coded_if,
-    decoded,
     gaussian_tap,
     sample_gates,
     smaller,
@@ -103,13 +101,10 @@ def resample_kernel(mask_ptr, raw_ptr, minus_most_ptr, grid, how, stages, OPTION
     With STATS also minus the largest mask value of each block, (B or 1, blocks).
     """
     b = tl.program_id(1).to(tl.int64)
-    grid = (decoded(grid[0], OPTIONS), decoded(grid[1], OPTIONS), decoded(grid[2], OPTIONS))
     positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     position = tl.program_id(0) * OPTIONS.BLOCK + tl.arange(0, OPTIONS.BLOCK)
     valid = position < positions
-    m, minus_most = raw_mask(
-        mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
-    )
+    m, minus_most = raw_mask(mask_ptr + b * step_of(how.b, OPTIONS), position, valid, grid, how, stages, OPTIONS)
     tl.store(raw_ptr + b * positions + position, m, mask=valid)
     if OPTIONS.STATS:
         block = b * tl.num_programs(0) + tl.program_id(0)
@@ -180,12 +175,11 @@ def weights_kernel(
             blurred = raw
             minus_most = -raw
         elif blur is None:
-            raw, minus_most = raw_mask(
-                mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR), position, valid, grid, how, stages, OPTIONS
-            )
+            sample_ptr = mask_ptr + b * step_of(how.b, OPTIONS)
+            raw, minus_most = raw_mask(sample_ptr, position, valid, grid, how, stages, OPTIONS)
             blurred = raw
         else:
-            sample_ptr = mask_ptr + b * (decoded(how.b, OPTIONS) * OPTIONS.DIVISOR)
+            sample_ptr = mask_ptr + b * step_of(how.b, OPTIONS)
             cell = position
             if OPTIONS.PACKED:
                 _, row, column = place(position, grid, OPTIONS)
@@ -197,7 +191,7 @@ def weights_kernel(
                 blocks = (positions + BLOCK - 1) // BLOCK
                 block = tl.minimum(tile * blocks_per_tile + step, blocks - 1)
                 # The stride is 0 where all samples share one mask.
-                row = tl.where(decoded(how.b, OPTIONS) == 0, 0, b)
+                row = tl.where(step_of(how.b, OPTIONS) == 0, 0, b)
                 minus_most = tl.full((BLOCK,), 0.0, tl.float32) + tl.load(minus_most_ptr + row * blocks + block)
         w, v = target_and_prior_weight(raw, blurred, prior_gate, mask_gate, stages, OPTIONS, HAS_PRIOR)
         raw = tl.where(mask_gate, raw, 1.0)
@@ -293,14 +287,7 @@ def plan_weights(
     stages = Stages.of(config)
 
     def options(**more: bool | int | str) -> WeightsOptions:
-        fields = dict(
-            INVERT=config.invert,
-            FLOOR=config.floor,
-            CODED=False,
-            HAS_PRIOR=has_prior,
-            STATS=stats,
-            BLOCK=launch.block,
-        )
+        fields = dict(INVERT=config.invert, FLOOR=config.floor, HAS_PRIOR=has_prior, STATS=stats, BLOCK=launch.block)
         return WeightsOptions(**{**fields, **more})  # type: ignore[arg-type]
 
     how = blur = before_blur = None
@@ -315,12 +302,12 @@ def plan_weights(
         blur = Blur.of(config.blur_kernel_size)
     if packed and mask is not None:
         more |= dict(PACKED=True)
-    # What lies on the grid is read as one run; anything else takes the compiler all that it can know.
-    coded = not blurred and bool(more.get("FLAT", True))
-    more |= dict(CODED=coded)
-    if coded and how is not None:
-        how = how._replace(b=coded_if(coded, (how.b,))[0])
-    arguments = (coded_if(coded, shape), how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
+    # A blur reads neighbours: there the compiler needs to know the sizes.
+    code = not blurred and bool(more.get("FLAT", True))
+    more |= dict(CODED=code)
+    if how is not None:
+        how = how._replace(b=coded([how.b], code)[0])
+    arguments = (coded(shape, code), how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
     return WeightsPlan(launch, not on_grid or blurred or (packed and mask is not None), shape, before_blur, arguments)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from masked_loss_triton.backend import distinct, refuse_second_derivative, stages
-from masked_loss_triton.backend.denominators import Factor, short_factors
+from masked_loss_triton.backend.denominators import Factor, unexpanded_factors
 from masked_loss_triton.backend.formulas import error_and_slope
 from masked_loss_triton.call import LossInputs
 from masked_loss_triton.config import MaskedLossConfig
@@ -62,13 +62,13 @@ def loss(
     inputs: LossInputs, config: MaskedLossConfig, return_stats: bool
 ) -> tuple[torch.Tensor, MaskedLossStats | None]:
     """The loss, 0-d float32 and differentiable in pred, and the stats if asked for."""
-    # Nothing here requires grad but pred: what else does is refused.
+    # No no_grad: what requires grad beside pred was refused.
     raw, w, v = stages.call_weights(inputs, config, torch.float32)
     sum_w = _sum_of(w, inputs.batch)
     # Sums that nobody asks for are not made: on a CPU each is another pass over the weights.
     sum_v = sum_w if inputs.prior is None else _sum_of(v, inputs.batch)
     sum_raw = _sum_of(raw, inputs.batch) if config.area_scale_beta else sum_w
-    s, r = short_factors(sum_w, sum_v, sum_raw, inputs, config)
+    s, r = unexpanded_factors(sum_w, sum_v, sum_raw, inputs, config)
     a = _times(w, s)
     b = None if inputs.prior is None else _times(v, r)
     kept = (raw, w, v) if return_stats else None
@@ -91,10 +91,11 @@ def loss(
 
 
 def _outputs(result: Result) -> tuple[torch.Tensor, ...]:
-    """The loss, and for the stats the sums that `Result` holds."""
+    """The loss, and where it was computed for the stats all sums that `Result` holds."""
     total = result.target[0] + result.prior[0] if result.prior else result.target[0]
     if len(result.target) == 1:
         return (total,)
+    # Autograd takes no tensor as two outputs of one function.
     return (total if result.prior else total.clone(), *result.target, *result.prior)
 
 

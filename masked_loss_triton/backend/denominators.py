@@ -21,12 +21,12 @@ Factor = torch.Tensor | float  # of each sample, (B,), or one of all, 0-d or a n
 def loss_factors(
     sum_w: torch.Tensor, sum_v: torch.Tensor, sum_raw: torch.Tensor, inputs: LossInputs, config: MaskedLossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors (s, r) of one call, each (B,), in the dtype of the sums; see `short_factors`."""
-    s, r = short_factors(sum_w, sum_v, sum_raw, inputs, config)
+    """The factors (s, r) of one call, each (B,), in the dtype of the sums; see `unexpanded_factors`."""
+    s, r = unexpanded_factors(sum_w, sum_v, sum_raw, inputs, config)
     return _per_sample(s, sum_w), _per_sample(r, sum_w)
 
 
-def short_factors(
+def unexpanded_factors(
     sum_w: torch.Tensor, sum_v: torch.Tensor, sum_raw: torch.Tensor, inputs: LossInputs, config: MaskedLossConfig
 ) -> tuple[Factor, Factor]:
     """The factors (s, r) of one call, in the dtype of the sums, not expanded to the batch where they are the same for all.

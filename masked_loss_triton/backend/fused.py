@@ -135,7 +135,7 @@ class RepeatedLoss(torch.autograd.Function):
         assert recording.gradient_strides is not None
         total = torch.empty_like(recording.like_loss)
         gradient = torch.empty_like(pred)
-        if gradient.stride() != recording.gradient_strides:
+        if gradient.stride() != recording.gradient_strides:  # pred has gaps, or axes of one element
             gradient = gradient.as_strided(pred.shape, recording.gradient_strides)
         recording.forward((*tensors, total, numbers, gradient), pred.device, stream)
         ctx.gradient, ctx.recording = gradient, recording

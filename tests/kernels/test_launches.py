@@ -8,14 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
-from masked_loss_triton.kernels import loss, scale, weights
-
-KERNELS = {
-    "loss_kernel": loss,
-    "scale_kernel": scale,
-    "weights_kernel": weights,
-    "resample_kernel": weights,
-}
+from tests.support.replayed import KERNELS
 
 
 class Counted:

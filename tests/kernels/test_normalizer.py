@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
-from masked_loss_triton.kernels import loss, scale, weights
+from tests.support.replayed import KERNELS
 
 KINDS = {
     "number": float,
@@ -29,7 +29,7 @@ def launched(monkeypatch):
             names.append(self.__name__)
             return self.kernel[grid]
 
-    for module, name in ((weights, "weights_kernel"), (loss, "loss_kernel"), (scale, "scale_kernel")):
+    for name, module in KERNELS.items():
         monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     return names
 
