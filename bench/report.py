@@ -112,7 +112,7 @@ def shown(part: str, rows: Rows) -> Rows:
     if part == "time":
         return with_speed(rows)
     if part == "compiled":
-        return [row for row in rows if row["target"] in ("sm_90", "gfx942") and row["kernel"] != "scale_kernel"]
+        return [row for row in rows if row["target"] in ("sm_90", "gfx942")]
     return rows
 
 

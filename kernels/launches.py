@@ -25,6 +25,7 @@ class Launches:
     def __init__(self) -> None:
         self.made: list[Launch] = []
         self.scratch: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []  # what outlives the call, and stays where it is
 
     def add(self, kernel: CompiledKernel | None, grid: tuple[int, ...], arguments: tuple[object, ...]) -> None:
         self.made.append(Launch(kernel, grid, arguments))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
-from masked_loss_triton.kernels.launches import FUSION, Launches
+from masked_loss_triton.kernels.launches import FUSION, Launch, Launches
 from masked_loss_triton.kernels.operands import (
     LossLaunch,
     Operand,
@@ -53,6 +53,7 @@ from masked_loss_triton.kernels.sums import (
     factors,
     write_loss,
 )
+from masked_loss_triton.kernels.upstream import Upstream, is_written
 from masked_loss_triton.kernels.weights import MaskWeights
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def loss_kernel(
     weights,  # `MaskWeights`
     gates,
     sample,
-    grad_output_ptr,  # () or None
+    upstream,
     out,
     flow_sign,
     shape,  # (B, C, F, H, W)
@@ -160,12 +161,12 @@ def loss_kernel(
     channels = shape[1]
     b = tl.program_id(2) // shape[2] if OPTIONS.BY_FRAME else tl.program_id(2)
     position, inside, cell, at = walked(shape, OPTIONS)
+    if upstream.grad_output_ptr is not None:
+        grad_output = tl.load(upstream.grad_output_ptr).to(tl.float32)
+        if is_written(upstream, grad_output):
+            return
 
     s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
-    if grad_output_ptr is not None:
-        grad_output = tl.load(grad_output_ptr).to(tl.float32)
-        s, r = s * grad_output, r * grad_output
-
     if sample.delta_ptr is not None:
         delta = tl.load(sample.delta_ptr + b).to(tl.float32)
     m, w, v = weights_at(cell, at, inside, weights, mask, gates, b, shape, stages, OPTIONS, prior is not None)
@@ -199,21 +200,22 @@ def loss_kernel(
             prior_errors += tl.sum(error, axis=0, keep_dims=True)
             value += prior_weight * slope
         if gradient is not None:
+            if upstream.grad_output_ptr is not None:
+                value *= grad_output
             value = value.to(gradient.ptr.dtype.element_ty)
             offsets = offsets_of(gradient, b, at, position, OPTIONS) + channel * step_of(gradient.c, OPTIONS)
             tl.store(gradient.ptr + offsets, value, mask=valid)
 
-    if out.loss_ptr is not None:
-        add_term(out.terms_ptr, 0, target_weight, errors)
+    add_term(out.terms_ptr, 0, target_weight, errors)
+    if prior is not None:
+        add_term(out.terms_ptr, 1, prior_weight, prior_errors)
+    if out.stats_ptr is not None:
+        add_term(out.terms_ptr, 2, m, errors)
+        add_term(out.terms_ptr, 3, 1.0 - m, errors)
         if prior is not None:
-            add_term(out.terms_ptr, 1, prior_weight, prior_errors)
-        if out.stats_ptr is not None:
-            add_term(out.terms_ptr, 2, m, errors)
-            add_term(out.terms_ptr, 3, 1.0 - m, errors)
-            if prior is not None:
-                add_term(out.terms_ptr, 4, m, prior_errors)
-                add_term(out.terms_ptr, 5, 1.0 - m, prior_errors)
-        write_loss(out, weights, shape, tiles, prior is not None, OPTIONS)
+            add_term(out.terms_ptr, 4, m, prior_errors)
+            add_term(out.terms_ptr, 5, 1.0 - m, prior_errors)
+    write_loss(out, weights, shape, tiles, prior is not None, OPTIONS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -306,24 +308,26 @@ def launch_loss(
     config: MaskedLossConfig,
     launches: Launches,
     factors: torch.Tensor | None = None,
+    upstream: Upstream = Upstream(),  # noqa: B008
     *,
-    grad_output: torch.Tensor | None = None,
-    write_gradient: bool = True,
+    gradient: torch.Tensor | None = None,
+    terms: torch.Tensor | None = None,
     stats: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss and its gradient in one launch: (loss, stats, gradient).
+) -> Outputs:
+    """The loss and its gradient in one launch.
 
     Args:
         weights: what `launch_weights` made of `gates` and the mask.
         launches: takes down what is started.
         factors: (2, B) float32, instead of those that the sums in `weights` give.
-        grad_output: 0-d; the gradient is multiplied by it before it is rounded to pred's dtype, and the loss is not written.
+        upstream: what the gradient is multiplied by before it is rounded to pred's dtype.
+        gradient: as pred, to be written; None: not asked for.
+        terms: those of the forward, in its backward.
 
     Returns:
-        loss: 0-d float32. stats: (STATS,) float32. gradient: as pred. The last two are empty where they were not asked for.
+        Where the kernel writes loss and statistics; in the backward it does not.
     """
     pred, device = call.pred, call.pred.device
-    gradient = torch.empty_like(pred) if write_gradient else None
     mask = call.mask if weights.w_ptr is None else None
     frames = next((x.shape[1] for x in (weights.w_ptr, mask) if x is not None), 1)
     tensors = (pred, call.target, call.latents, call.prior, gradient, mask)
@@ -331,20 +335,34 @@ def launch_loss(
     plan = plan_loss(
         layouts, weights.partials_ptr.shape[2], config, frames == 1 < pred.shape[2], _multiprocessors(device)
     )
-    loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
-    out = Outputs(None, None, None)
-    if grad_output is None:
+    if terms is not None:
+        out = Outputs.of_backward(terms, stats)
+    else:
         terms = launches.empty((TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), device)
+        loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
         out = Outputs(terms, loss, numbers if stats else None)
     arguments = (
         *map(Operand.of, tensors, plan.strides),
         weights,
         gates,
         Sample.of(call, factors),
-        grad_output,
+        upstream,
         out,
         float(call.flow_sign),
         *plan.arguments,
     )
     launches.add(loss_kernel[plan.grid](*arguments, **plan.options, **FUSION), plan.grid, arguments)
-    return loss, numbers, pred.new_empty(0) if gradient is None else gradient
+    return out
+
+
+def backward_of(launch: Launch, grad_output: torch.Tensor, written: object) -> Launch:
+    """The backward of a loss that a launch has written together with its gradient: as `launch_loss` makes it from `terms`."""
+
+    def changed(argument: object) -> object:
+        if isinstance(argument, Upstream):
+            return argument._replace(grad_output_ptr=grad_output, written=written)  # type: ignore[arg-type]
+        if isinstance(argument, Outputs):
+            return Outputs.of_backward(argument.terms_ptr, argument.stats_ptr is not None)
+        return argument
+
+    return launch._replace(arguments=tuple(map(changed, launch.arguments)))

@@ -82,11 +82,16 @@ class Sample(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the loss goes, and its statistics if somebody asked for them; None where only the gradient is wanted."""
+    """Where the loss goes, and its statistics if somebody asked for them."""
 
-    terms_ptr: torch.Tensor | None  # (TERMS or TERMS_WITH_STATS, programs) float32
-    loss_ptr: torch.Tensor | None  # () float32
+    terms_ptr: torch.Tensor  # (TERMS or TERMS_WITH_STATS, programs) float32
+    loss_ptr: torch.Tensor  # () float32
     stats_ptr: torch.Tensor | None  # (STATS,) float32
+
+    @classmethod
+    def of_backward(cls, terms: torch.Tensor, stats: bool) -> Outputs:
+        """For the same kernel once more: its last program has written the loss, and no program is the last one again."""
+        return cls(terms, terms, terms if stats else None)
 
 
 @triton.jit

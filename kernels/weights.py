@@ -42,6 +42,7 @@ from masked_loss_triton.kernels.sums import (
     SUM_W,
     lower,
 )
+from masked_loss_triton.kernels.upstream import Upstream
 
 if TYPE_CHECKING:
     from masked_loss_triton.call import LossInputs
@@ -135,6 +136,7 @@ def weights_kernel(
     minus_most_ptr,  # what `resample_kernel` wrote, or None
     gates,
     result,  # `MaskWeights`
+    upstream,
     grid,  # (F or 1, H, W) of the weights
     how,  # `Resampling`, or None without a mask
     stages,
@@ -154,6 +156,8 @@ def weights_kernel(
     grid = (decoded(grid[0], OPTIONS), decoded(grid[1], OPTIONS), decoded(grid[2], OPTIONS))
     if (tile == 0) & (b == 0):
         tl.store(result.ticket_ptr, 0)
+        if upstream.expected_ptr is not None:
+            tl.store(upstream.expected_ptr, tl.load(upstream.last_ptr))
     # Divided and multiplied back: the compiler then knows what divides it, and a mask in one run is read 128 bits at a time.
     positions = grid[0] * grid[1] * grid[2] // OPTIONS.DIVISOR * OPTIONS.DIVISOR
     prior_gate, mask_gate = sample_gates(gates, b)
@@ -312,7 +316,12 @@ def plan_weights(
 
 
 def launch_weights(
-    call: LossInputs, gates: Gates, config: MaskedLossConfig, launches: Launches, stats: bool = False
+    call: LossInputs,
+    gates: Gates,
+    config: MaskedLossConfig,
+    launches: Launches,
+    upstream: Upstream = Upstream(),  # noqa: B008
+    stats: bool = False,
 ) -> MaskWeights:
     """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""
     mask, batch, device = call.mask, call.pred.shape[0], call.pred.device
@@ -335,7 +344,7 @@ def launch_weights(
         arguments = (mask, raw, minus_most, *plan.before_blur)
         launches.add(resample_kernel[size](*arguments, num_warps=num_warps, **FUSION), size, arguments)
         mask = raw
-    arguments = (mask, minus_most, gates, result, *plan.arguments)
+    arguments = (mask, minus_most, gates, result, upstream, *plan.arguments)
     grid = (tiles, batch)
     launches.add(weights_kernel[grid](*arguments, num_warps=num_warps, **FUSION), grid, arguments)
     return result

@@ -149,7 +149,7 @@ def masked_loss(
         tensors = (pred, *targets, prior, mask, weighting, prior_gate, mask_gate, loss_delta, weights)
         recording = recording_of(tensors, layout, number, sign, backend, config.to_text(), return_stats)
         if recording is not None and recording.repeat is not None:
-            again = recording.repeat(recording, tensors, config, sign, return_stats)
+            again = recording.repeat(recording, tensors, return_stats)
             if again is not None:
                 return again[0] if again[1] is None else (again[0], again[1])
     inputs = describe(

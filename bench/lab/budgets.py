@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from masked_loss_triton.kernels.operands import LossLaunch
-from masked_loss_triton.kernels.scale import ScaleLaunch
 from masked_loss_triton.kernels.weights import WeightsLaunch
 
 REGISTERS = {
     "loss_kernel": LossLaunch.scattered,
     "weights_kernel": WeightsLaunch.registers,
     "resample_kernel": WeightsLaunch.registers,
-    "scale_kernel": ScaleLaunch.registers,
 }

@@ -57,7 +57,11 @@ CASES = {
     ),
     "26x38 channels last": Case(latents="16x1x26x38", memory="channels last"),
     "7x68x120 layered": Case(latents="16x7x68x120", memory="layered"),
+    "26x38 accumulated": Case(latents="16x1x26x38"),
+    "26x38 fp16 scaled": Case(latents="16x1x26x38", dtype=FP16),
 }
+# What the loss is multiplied by before its backward, where it is not 1, as it was the step before.
+UPSTREAM = {"26x38 accumulated": 0.3, "26x38 fp16 scaled": 2.0**16}
 
 
 @dataclasses.dataclass
@@ -105,11 +109,12 @@ def shortened(case: Case) -> Case:
 
 
 def run(name: str, case: Case) -> Result:
-    """Executes one forward and backward with upstream gradient 1, as `loss.backward()` gives."""
+    """Executes one forward and backward of a step whose grad_output was that of the step before."""
     from bench.lab.emulator import machine
     from bench.lab.launches import Launch, fused_loss, multiprocessors, recorded
+    from masked_loss_triton.kernels.upstream import last_grad_output
 
-    call = build(case)
+    call, upstream = build(case), UPSTREAM.get(name, 1.0)
     traffic: dict[tuple[str, str], Traffic] = {}
     distinct: dict[tuple[int, int], int] = {}
     instructions = 0
@@ -118,18 +123,20 @@ def run(name: str, case: Case) -> Result:
         nonlocal instructions
         done = machine.run(launch.compile(TARGET), launch.grid, launch.passed(TARGET))
         instructions += done.instructions
+        name = "backward" if launch.is_backward else launch.name
         for tensor, counted in done.traffic.items():
-            traffic[launch.name, tensor] = traffic.get((launch.name, tensor), Traffic()) + counted
+            traffic[name, tensor] = traffic.get((name, tensor), Traffic()) + counted
             storage = launch.tensors[tensor].untyped_storage().data_ptr()
             # Read by one kernel and by the next is counted twice: between two launches a cache may have lost it.
             place = len(launches), storage
             distinct[place] = max(counted.distinct, distinct.get(place, 0))
 
     with multiprocessors(MULTIPROCESSORS), recorded(execute) as launches, _poisoned_outputs():
+        last_grad_output(call.pred.device, call.config).fill_(upstream)
         loss = fused_loss(call)
-        loss.backward()
+        loss.backward(torch.tensor(upstream))
     truth = build(case)
-    expected, gradient, size = _reference(truth)
+    expected, gradient, size = (upstream * x for x in _reference(truth))
     return Result(
         name=name,
         elements=call.pred.numel(),
@@ -137,7 +144,7 @@ def run(name: str, case: Case) -> Result:
         launches=len(launches),
         traffic=traffic,
         distinct=sum(distinct.values()),
-        loss_error=abs(loss.item() - expected) / abs(expected),
+        loss_error=abs(upstream * loss.item() - expected) / abs(expected),
         gradient_error=_gradient_error(call.pred.grad, gradient, size, case),
         instructions=instructions,
     )

@@ -69,6 +69,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def is_backward(self) -> bool:
+        """The loss kernel again, which returns at once where grad_output is what the forward expected."""
+        return self.name == "loss_kernel" and self.arguments["upstream"].written != 0
+
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """Every argument by its own name, those inside of bundles too: `pred.ptr` is "pred", `weights.w_ptr` is "w"."""

@@ -26,9 +26,9 @@ from masked_loss_triton.call import describe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A plain `loss.backward()` gives the upstream gradient 1; the scaling kernel then reads that one number and returns. The emulator
-# confirms it (tests/bench/test_emulate.py).
-_UNTOUCHED = {"scale_kernel": ("gradient",)}
+# What the backward reads where grad_output is what the forward expected, before it returns. The emulator confirms it
+# (tests/bench/test_emulate.py).
+_OF_BACKWARD = ("grad_output", "expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,15 @@ def of_torch_backend(case: Case) -> Counts:
 def of_kernels(case: Case, multiprocessors: int = 132) -> Counts:
     """Counts the triton backend, on a device with so many multiprocessors."""
     from bench.lab import launches
+    from masked_loss_triton.kernels.upstream import last_grad_output
 
     call: Call = build(case, "meta", filled=False)
+    last_grad_output(call.pred.device, call.config)  # made once in a process
     with launches.multiprocessors(multiprocessors), launches.recorded() as recorded:
         counts = count(lambda: launches.fused_loss(call, stats=case.stats))
     for launch in recorded:
-        untouched = _UNTOUCHED.get(launch.name, ())
-        counts.bytes += sum(distinct_bytes(x) for name, x in launch.tensors.items() if name not in untouched)
+        touched = _OF_BACKWARD if launch.is_backward else launch.tensors
+        counts.bytes += sum(distinct_bytes(x) for name, x in launch.tensors.items() if name in touched)
         counts.launches += 1
         counts.operations.append(launch.name)
     return counts

@@ -1,7 +1,7 @@
 """The `triton` backend: from one validated call to the launchers in kernels/, and the operators that torch.compile sees.
 
-Two launches forward (three under a blur), one backward. The forward writes the finished gradient; the backward multiplies it by
-grad_output, on the device, and returns at once where that is 1.
+Two launches forward (three under a blur), one backward. The forward writes the finished gradient, multiplied by what grad_output
+was the last time; the backward is the loss kernel again, and returns at once, on the device, where it is the same this time.
 """
 
 from __future__ import annotations
@@ -9,23 +9,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from masked_loss_triton.backend import refuse_second_derivative
 from masked_loss_triton.backend.denominators import loss_factors
-from masked_loss_triton.backend.layout import as_given
 from masked_loss_triton.backend.replay import ALIGNMENT, Recording, Tensors
-from masked_loss_triton.call import TENSORS, FlowTarget, LossInputs, describe
+from masked_loss_triton.call import TENSORS, LossInputs
 from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.loss import launch_loss
-from masked_loss_triton.kernels.scale import launch_scale
 from masked_loss_triton.kernels.stages import Gates
 from masked_loss_triton.kernels.sums import STATS
-from masked_loss_triton.kernels.weights import launch_weights
+from masked_loss_triton.kernels.sums import Outputs as LossOutputs
+from masked_loss_triton.kernels.upstream import Upstream
+from masked_loss_triton.kernels.weights import MaskWeights, launch_weights
 from masked_loss_triton.stats import MaskedLossStats
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, stats, gradient
@@ -49,14 +50,13 @@ def loss(
     elif grad:
         total, numbers = FusedLoss.apply(inputs.pred, inputs, factors, config, return_stats)
     else:
-        total, numbers, _ = run(
-            inputs, factors, config, stats=return_stats, write_gradient=False, recording=inputs.recording
-        )
+        out = run(inputs, factors, config, stats=return_stats, recording=inputs.recording).out
+        total, numbers = out.loss_ptr, out.stats_ptr
     return total, MaskedLossStats(*numbers.unbind()) if return_stats else None
 
 
 class FusedLoss(torch.autograd.Function):
-    """Writes the gradient in the forward; the backward scales it, or computes it again when it was already given away."""
+    """Writes the gradient in the forward; the backward computes it again where grad_output is another, or it was given away."""
 
     @staticmethod
     def forward(
@@ -66,41 +66,56 @@ class FusedLoss(torch.autograd.Function):
         factors: torch.Tensor | None,
         config: MaskedLossConfig,
         stats: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        write = _writes_gradient(pred)
-        recording = inputs.recording if write else None
-        total, numbers, gradient = run(inputs, factors, config, stats=stats, write_gradient=write, recording=recording)
-        # No saved tensor: the backward scales it in place and gives it away, once.
-        ctx.gradient = gradient if write else None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gradient = torch.empty_like(pred)
+        weights, upstream, out = run(
+            inputs, factors, config, stats=stats, gradient=gradient, foresee=True, recording=inputs.recording
+        )
+        # No saved tensor: the backward writes it and gives it away, once.
+        ctx.gradient = gradient
         flat, given = _flat(inputs, factors), inputs.normalizer if factors is None else None
         ctx.numbers, ctx.given = flat[_SIZE:], given
-        ctx.config, ctx.recording = config, recording
-        ctx.save_for_backward(*flat[:_SIZE], *(x for x in given or () if isinstance(x, torch.Tensor)))
-        ctx.mark_non_differentiable(numbers)
+        ctx.last, ctx.config, ctx.stats = upstream.last_ptr, config, stats
+        scratch = (out.terms_ptr, upstream.expected_ptr, *weights)
+        ctx.save_for_backward(*flat[:_SIZE], *scratch, *(x for x in given or () if isinstance(x, torch.Tensor)))
+        if out.stats_ptr is not None:
+            ctx.mark_non_differentiable(out.stats_ptr)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
-        return total, numbers
+        return out.loss_ptr, out.stats_ptr
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None, _numbers: None) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:  # a later function has no gradient to give
             return None, None, None, None, None
         refuse_second_derivative()
-        tensors = ctx.saved_tensors  # refuses where one of them was changed, or freed
+        rest = iter(ctx.saved_tensors)  # refuses where one of them was changed, or freed
+        inputs, factors = _call(*itertools.islice(rest, _SIZE), *ctx.numbers)
+        terms, expected, *weights = itertools.islice(rest, 2 + len(MaskWeights._fields))
+        if ctx.given is not None:
+            given = tuple(next(rest) if isinstance(x, torch.Tensor) else x for x in ctx.given)
+            inputs = dataclasses.replace(inputs, normalizer=given)
         gradient, ctx.gradient = ctx.gradient, None
+        upstream = Upstream(grad_output, ctx.last, expected, float(gradient is not None))
         if gradient is None:
-            inputs, factors = _call(*tensors[:_SIZE], *ctx.numbers)
-            if ctx.given is not None:
-                rest = iter(tensors[_SIZE:])
-                given = tuple(next(rest) if isinstance(x, torch.Tensor) else x for x in ctx.given)
-                inputs = dataclasses.replace(inputs, normalizer=given)
-            gradient = run(inputs, factors, ctx.config, grad_output=grad_output)[2]
-        else:
-            _scale(gradient, grad_output, ctx.recording)
+            gradient = torch.empty_like(inputs.pred)
+        with _on_device(gradient):
+            launch_loss(
+                inputs,
+                MaskWeights(*weights),
+                Gates.of(inputs),
+                ctx.config,
+                Launches(),
+                factors,
+                upstream,
+                gradient=gradient,
+                terms=terms,
+                stats=ctx.stats,
+            )
         return gradient, None, None, None, None
 
 
 def repeated(
-    recording: Recording, tensors: Tensors, config: MaskedLossConfig, flow_sign: int, return_stats: bool
+    recording: Recording, tensors: Tensors, return_stats: bool
 ) -> tuple[torch.Tensor, MaskedLossStats | None] | None:
     """The loss of a call whose form was recorded, as `loss` gives it; None where it must take the whole way all the same.
 
@@ -113,11 +128,12 @@ def repeated(
     pred = tensors[0]
     assert pred is not None
     numbers = torch.empty(STATS, dtype=torch.float32, device=pred.device) if return_stats else None
-    if recording.gradient_strides is None:
+    if recording.backward is None:
         total = torch.empty_like(recording.like_loss)
-        recording.forward((*tensors, total, numbers, None), pred.device, stream)
+        forward = recording.forward
+        forward((*tensors, total, numbers, None), forward.scratch(pred.device), stream)
     else:
-        total = RepeatedLoss.apply(pred, (tensors, numbers, recording, stream, config, flow_sign))
+        total = RepeatedLoss.apply(pred, (tensors, numbers, recording, stream))
     return total, None if numbers is None else MaskedLossStats(*numbers.unbind())
 
 
@@ -126,52 +142,38 @@ class RepeatedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        pred: torch.Tensor,
-        call: tuple[Tensors, torch.Tensor | None, Recording, int, MaskedLossConfig, int],
+        ctx: Any, pred: torch.Tensor, call: tuple[Tensors, torch.Tensor | None, Recording, int]
     ) -> torch.Tensor:
-        tensors, numbers, recording, stream, *ctx.options = call
-        assert recording.forward is not None
-        assert recording.gradient_strides is not None
+        tensors, numbers, recording, stream = call
         total = torch.empty_like(recording.like_loss)
-        gradient = torch.empty_like(pred)
-        if gradient.stride() != recording.gradient_strides:  # pred has gaps, or axes of one element
-            gradient = gradient.as_strided(pred.shape, recording.gradient_strides)
-        recording.forward((*tensors, total, numbers, gradient), pred.device, stream)
+        gradient, forward = recording.empty_gradient(pred), recording.forward
+        assert forward is not None
+        scratch = forward.scratch(pred.device)
+        forward((*tensors, total, numbers, gradient), scratch, stream)
         ctx.gradient, ctx.recording = gradient, recording
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(scratch, *tensors)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        tensors = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
+        scratch, *tensors = ctx.saved_tensors
+        gradient, ctx.gradient, written = ctx.gradient, None, 1.0
+        recording = ctx.recording
         if gradient is None:
-            recording, (config, flow_sign) = ctx.recording, ctx.options
-            target = tensors[1] if tensors[2] is None else FlowTarget(tensors[1], tensors[2], flow_sign)
-            more = dict(zip(TENSORS[3:], tensors[3:], strict=True))
-            if more["prior_weight"] is None:
-                more["prior_weight"] = recording.prior_number
-            inputs = describe(tensors[0], target, config=config, layout=recording.layout, **more)
-            gradient = run(inputs, None, config, grad_output=grad_output)[2]
-            gradient = as_given(gradient, recording.layout, recording.dim)
-        else:
-            _scale(gradient, grad_output, ctx.recording)
+            gradient, written = recording.empty_gradient(tensors[0]), 0.0
+        if grad_output.data_ptr() % ALIGNMENT:  # a kernel of its own
+            grad_output = grad_output.clone()
+        recording.backward((*tensors, gradient, grad_output), scratch, recording.current_stream(), written)
         return gradient, None
 
 
-def _scale(gradient: torch.Tensor, grad_output: torch.Tensor, recording: Recording | None) -> None:
-    """Multiplies the gradient by grad_output in place, by the launch of a call before where there is one."""
-    again = None if recording is None or grad_output.data_ptr() % ALIGNMENT else recording.backward
-    stream = None if recording is None or again is None else recording.stream()
-    if again is not None and stream is not None:
-        return again((gradient, grad_output), gradient.device, stream)
-    launches = Launches()
-    with _on_device(gradient):
-        launch_scale(gradient, grad_output, launches)
-        if recording is not None and recording.backward is None:
-            recording.keep_backward(launches, gradient, grad_output)
+class Launched(NamedTuple):
+    """What the backward needs of the launches of a forward."""
+
+    weights: MaskWeights
+    upstream: Upstream
+    out: LossOutputs
 
 
 def run(
@@ -181,27 +183,27 @@ def run(
     *,
     stats: bool = False,
     grad_output: torch.Tensor | None = None,
-    write_gradient: bool = True,
+    gradient: torch.Tensor | None = None,
+    foresee: bool = False,
     recording: Recording | None = None,
-) -> Outputs:
-    """The weights, then the loss; see `launch_loss` for the arguments. `recording` keeps the launches, if it has none yet."""
+) -> Launched:
+    """The weights, then the loss.
+
+    Args:
+        gradient: as pred, to be written; None: not asked for.
+        grad_output: what it is multiplied by, and the loss is not asked for. foresee: multiply it by what it was the last time.
+        recording: keeps the launches, if it has none yet.
+    """
     gates, launches = Gates.of(inputs), Launches()
     with _on_device(inputs.pred):
-        weights = launch_weights(inputs, gates, config, launches, stats)
-        outputs = launch_loss(
-            inputs,
-            weights,
-            gates,
-            config,
-            launches,
-            factors,
-            grad_output=grad_output,
-            write_gradient=write_gradient,
-            stats=stats,
-        )
+        upstream = Upstream.foreseen(config, inputs.pred.device, launches) if foresee else Upstream()
+        weights = launch_weights(inputs, gates, config, launches, upstream, stats)
+        if grad_output is not None:
+            upstream = Upstream(grad_output)
+        out = launch_loss(inputs, weights, gates, config, launches, factors, upstream, gradient=gradient, stats=stats)
         if recording is not None and recording.forward is None and not recording.cannot:
-            recording.keep_forward(launches, inputs, outputs, repeated)
-    return outputs
+            recording.keep(launches, inputs, out, gradient, repeated)
+    return Launched(weights, upstream, out)
 
 
 def _sums(inputs: LossInputs, config: MaskedLossConfig) -> torch.Tensor:
@@ -211,7 +213,7 @@ def _sums(inputs: LossInputs, config: MaskedLossConfig) -> torch.Tensor:
 
 
 def _writes_gradient(pred: torch.Tensor) -> bool:
-    """float16 would lose gradients of 1e-7 before the loss scale reaches them: there the gradient waits for the backward."""
+    """An operator foresees nothing, and float16 would lose gradients of 1e-7 before the loss scale reaches them."""
     return pred.dtype != torch.float16
 
 
@@ -256,12 +258,17 @@ def _config(text: str) -> MaskedLossConfig:
 
 def _forward(*arguments: Any) -> Outputs:
     *flat, text, stats, write_gradient = arguments
-    return run(*_call(*flat), _config(text), stats=stats, write_gradient=write_gradient)
+    gradient = torch.empty_like(flat[0]) if write_gradient else None
+    out = run(*_call(*flat), _config(text), stats=stats, gradient=gradient).out
+    numbers = out.loss_ptr.new_empty(0) if out.stats_ptr is None else out.stats_ptr
+    return out.loss_ptr, numbers, flat[0].new_empty(0) if gradient is None else gradient
 
 
 def _gradient(*arguments: Any) -> torch.Tensor:
     *flat, text, grad_output = arguments
-    return run(*_call(*flat), _config(text), grad_output=grad_output)[2]
+    gradient = torch.empty_like(flat[0])
+    run(*_call(*flat), _config(text), grad_output=grad_output, gradient=gradient)
+    return gradient
 
 
 def _sums_operator(*arguments: Any) -> torch.Tensor:

@@ -22,91 +22,90 @@ from masked_loss_triton.call import LossInputs
 
 if TYPE_CHECKING:
     from masked_loss_triton.kernels.launches import Launch, Launches
+    from masked_loss_triton.kernels.sums import Outputs
 
 ALIGNMENT = 16  # bytes: where a tensor does not begin on a multiple of it, Triton compiles a kernel of its own
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Tensors = tuple[torch.Tensor | None, ...]
+STREAM, WRITTEN = object(), object()  # placeholders for the stream, and for `Upstream.written`
 
 
 class Replay:
-    """The launches of one call, to be made again.
+    """Launches of one call, to be made again.
+
+    They are written out as a function of what changes, and compiled: a tuple of arguments is then built as fast as Python can.
 
     Args:
-        launches: of that call.
+        made: the launches. scratch: tensors that pass from one to the next.
         tensors: whose addresses change from call to call, None where there is none.
+        values: placeholders in the arguments for what else changes, by the name of a parameter.
+        kept: tensors that stay where they are.
 
     Raises:
-        KeyError: a launch takes a tensor that is neither of `tensors` nor scratch.
+        KeyError: a launch takes a tensor that is none of these.
     """
 
-    def __init__(self, launches: Launches, tensors: Sequence[torch.Tensor | None]) -> None:
-        given = [x is not None and x.numel() > 0 for x in tensors]
-        self.given = tuple(index for index, there in enumerate(given) if there)
-        known = [*(tensors[index] for index in self.given), *launches.scratch]
-        numbers = {x.data_ptr(): index for index, x in enumerate(known) if x is not None}
-        self.offsets: list[int] = []
+    def __init__(
+        self,
+        made: Sequence[Launch],
+        scratch: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor | None],
+        values: dict[str, object],
+        kept: Sequence[torch.Tensor] = (),
+    ) -> None:
+        given = [index for index, x in enumerate(tensors) if x is not None and x.numel() > 0]
+        self.given = itemgetter(*given)  # two and more: pred and target
+        places = {tensors[index].data_ptr(): f"address_{index}" for index in given}  # type: ignore[union-attr]
+        parameters = [*places.values(), "scratch", *values]
         self.bytes = 0
-        for tensor in launches.scratch:
-            self.offsets.append(self.bytes)
+        for tensor in scratch:
+            places[tensor.data_ptr()] = f"scratch + {self.bytes}"
             self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        # A launch takes its arguments from one row of values: addresses, the stream, constants, and tuples of what stands before.
-        stream, last = object(), len(known)
-        constants: list[object] = []
+        places |= {tensor.data_ptr(): str(tensor.data_ptr()) for tensor in kept}
+        known: dict[str, object] = {}
 
-        def places(value: object) -> int | list[Any]:
-            """Where a value stands in the row; of a tuple in which something changes, where each of its own values does."""
-            if value is stream:
-                return last
+        def written(value: object) -> str:
+            """The expression for an argument."""
             if isinstance(value, torch.Tensor):
-                return numbers[value.data_ptr()]
+                return places[value.data_ptr()]
             if isinstance(value, tuple):
-                before, inside = len(constants), list(map(places, value))
-                if any(isinstance(place, list) or place <= last for place in inside):
-                    return inside
-                del constants[before:]
-            constants.append(value)
-            return last + len(constants)
+                return "".join(("(", *(f"{written(x)}, " for x in value), ")"))
+            if value is None or type(value) in (bool, int):
+                return repr(value)
+            for name, placeholder in values.items():
+                if value is placeholder:
+                    return name
+            known[f"known_{len(known)}"] = value
+            return f"known_{len(known) - 1}"
 
-        starts = [_start(launch, stream) for launch in launches.made]
-        wanted: list[Any] = [places(arguments) for _, arguments in starts]
-        self.constants = tuple(constants)
-        self.tuples: list[Callable[[Sequence[Any]], tuple[Any, ...]]] = []
+        lines = [f"def replay({', '.join(parameters)}):"]
+        for start, arguments in map(_start, made):
+            lines.append(f"    {written(start)}({', '.join(map(written, arguments))})")
+        exec("\n".join(lines), known)
+        self.replay: Callable[..., None] = known["replay"]  # type: ignore[assignment]
+        # A kernel that is dropped takes its code off the device, and the address of a tensor that is dropped is another's.
+        self.alive = [launch.kernel for launch in made], kept
 
-        def picker(inside: list[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-            order = [place_of(place) if isinstance(place, list) else place for place in inside]
-            return itemgetter(*order) if len(order) > 1 else lambda row: (row[order[0]],)
+    def scratch(self, device: torch.device) -> torch.Tensor:
+        """Memory for one call."""
+        return torch.empty(self.bytes, dtype=torch.uint8, device=device)
 
-        def place_of(inside: list[Any]) -> int:
-            self.tuples.append(picker(inside))
-            return last + len(constants) + len(self.tuples)
-
-        self.calls = [(start, picker(row)) for (start, _), row in zip(starts, wanted, strict=True)]
-        # A kernel that is dropped takes its code off the device.
-        self.kernels = [launch.kernel for launch in launches.made]
-
-    def __call__(self, tensors: Sequence[torch.Tensor | None], device: torch.device, stream: int) -> None:
-        row: list[Any] = [tensors[index].data_ptr() for index in self.given]  # type: ignore[union-attr]
-        if self.offsets:
-            scratch = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-            first = scratch.data_ptr()
-            row += [first + offset for offset in self.offsets]
-        row.append(stream)
-        row += self.constants
-        for values in self.tuples:
-            row.append(values(row))
-        for start, arguments in self.calls:
-            start(*arguments(row))
+    def __call__(self, tensors: Sequence[torch.Tensor | None], scratch: torch.Tensor, *values: object) -> None:
+        self.replay(*map(_address, self.given(tensors)), scratch.data_ptr(), *values)
 
 
-def _start(launch: Launch, stream: object) -> tuple[Callable[..., object], tuple[object, ...]]:
-    """(function, its arguments) that start a compiled kernel on a stream.
+_address = torch.Tensor.data_ptr
+
+
+def _start(launch: Launch) -> tuple[Callable[..., object], tuple[object, ...]]:
+    """(function, its arguments) that start a compiled kernel, on the stream in the place of `STREAM`.
 
     Triton's launcher in Python asks for scratch memory, which our kernels do not need, and calls its launcher in C. What that one
     is given is taken down here: it differs between versions of Triton, and the way there costs a third of a launch.
     """
     kernel: Any = launch.kernel
     grid = (*launch.grid, 1, 1)[:3]
-    given = (*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *launch.arguments)
+    given = (*grid, STREAM, kernel.function, kernel.packed_metadata, None, None, None, *launch.arguments)
     launcher = kernel.run
     more = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     if not hasattr(launcher, "launch") or any(getattr(launcher, name, 0) for name in more):
@@ -122,61 +121,74 @@ class Recording:
     """What is kept of one form of call; nothing before its first call, or where it cannot be repeated.
 
     Args:
-        layout, dim: of pred, as they were given. prior_number: the weight of the prior that the call gave as a number.
+        layout, dim: of pred, as they were given.
     """
 
-    def __init__(self, layout: str, dim: int, prior_number: float | None) -> None:
-        self.layout, self.dim, self.prior_number = layout, dim, prior_number
+    def __init__(self, layout: str, dim: int) -> None:
+        self.layout, self.dim = layout, dim
         self.cannot = False  # be repeated: seen, and not to be tried again
         self.repeat: Callable[..., Any] | None = None  # gives the loss of a later call: `repeated` of fused.py
         self.forward: Replay | None = None
-        self.backward: Replay | None = None
-        self.gradient_strides: tuple[int, ...] | None = None
+        self.backward: Replay | None = None  # None: no gradient is asked for
+        self.gradient_strides: tuple[int, ...] | None = None  # None: those that `empty_like` gives
         self.like_loss = torch.empty(0)  # of its form, for `empty_like`, which costs half of what naming the form does
         self.driver: Any = None  # of Triton, and its settings
         self.runtime: Any = None
         self.device = -1
 
-    def keep_forward(
-        self, launches: Launches, call: LossInputs, outputs: tuple[torch.Tensor, ...], repeat: Callable[..., Any]
+    def keep(
+        self,
+        launches: Launches,
+        call: LossInputs,
+        out: Outputs,
+        gradient: torch.Tensor | None,
+        repeat: Callable[..., Any],
     ) -> None:
-        """Keeps the launches of a call with these outputs: loss, stats and gradient, the last two empty where not asked for."""
-        gradient = outputs[2]
-        kept = self._replay(launches, [*call.tensors, *outputs])
-        if kept is None:
-            return
-        self.gradient_strides = as_given(gradient, self.layout, self.dim).stride() if gradient.numel() else None
-        self.like_loss = torch.empty_like(outputs[0])
-        self.forward, self.repeat = kept, repeat
+        """Keeps the launches of a call with these outputs, and that of its backward."""
+        from masked_loss_triton.kernels.loss import backward_of
 
-    def keep_backward(self, launches: Launches, gradient: torch.Tensor, grad_output: torch.Tensor) -> None:
-        """Keeps the launch that scales a gradient."""
-        if not grad_output.data_ptr() % ALIGNMENT:
-            self.backward = self._replay(launches, [gradient, grad_output])
-
-    def _replay(self, launches: Launches, tensors: list[torch.Tensor | None]) -> Replay | None:
-        if torch.version.hip or any(launch.kernel is None for launch in launches.made):
-            return None
+        tensors = [*call.tensors, out.loss_ptr, out.stats_ptr, gradient]
         places = [tensor.data_ptr() for tensor in tensors if tensor is not None and tensor.numel()]
-        if len(set(places)) < len(places):  # a prior that is the target: nobody could tell which of them a launch takes
-            return None
+        # A prior that is the target: nobody could tell which of them a launch takes.
+        if torch.version.hip or launches.made[0].kernel is None or len(set(places)) < len(places):
+            return
         import triton
 
         self.driver, self.runtime = triton.runtime.driver.active, triton.knobs.runtime
         self.device = self.driver.get_current_device()
+        backward = None
         try:
-            return Replay(launches, tensors)
+            forward = Replay(launches.made, launches.scratch, tensors, {"stream": STREAM}, launches.kept)
+            if gradient is not None:
+                grad_output = torch.empty_like(out.loss_ptr)
+                again = [backward_of(launches.made[-1], grad_output, WRITTEN)]
+                tensors = [*call.tensors, gradient, grad_output]
+                backward = Replay(
+                    again, launches.scratch, tensors, {"stream": STREAM, "written": WRITTEN}, launches.kept
+                )
+                given = as_given(call.pred, self.layout, self.dim)
+                strides = as_given(gradient, self.layout, self.dim).stride()
+                # pred may have gaps, or axes of one element
+                self.gradient_strides = None if torch.empty_like(given).stride() == strides else strides
         except KeyError:
             self.cannot = True
-            return None
+            return
+        self.like_loss = torch.empty_like(out.loss_ptr)
+        self.forward, self.backward, self.repeat = forward, backward, repeat
+
+    def empty_gradient(self, pred: torch.Tensor) -> torch.Tensor:
+        """Memory for the gradient, as the launches take it."""
+        gradient = torch.empty_like(pred)
+        return gradient if self.gradient_strides is None else gradient.as_strided(pred.shape, self.gradient_strides)
 
     def stream(self) -> int | None:
         """The current stream; None where launches must take the whole way: on another device, or watched by a hook of Triton."""
         for hook in (self.runtime.launch_enter_hook, self.runtime.launch_exit_hook):
             if getattr(hook, "calls", hook):  # a chain from Triton 3.5 on, before that a function or None
                 return None
-        if self.driver.get_current_device() != self.device:
-            return None
+        return self.current_stream() if self.driver.get_current_device() == self.device else None
+
+    def current_stream(self) -> int:
         return self.driver.get_current_stream(self.device)
 
 
@@ -185,13 +197,11 @@ _hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_defaul
 
 
 @functools.lru_cache(maxsize=256)
-def _recording(layout: str, dim: int, prior_number: float | None, *_rest: object) -> Recording:
-    return Recording(layout, dim, prior_number)
+def _recording(layout: str, dim: int, *_rest: object) -> Recording:
+    return Recording(layout, dim)
 
 
-def recording_of(
-    tensors: Tensors, layout: str, prior_number: float | None = None, *options: object
-) -> Recording | None:
+def recording_of(tensors: Tensors, layout: str, *options: object) -> Recording | None:
     """What is kept of calls of this form; None for what has no form: traced or faked, watched by a mode or by hooks of saved
     tensors (a checkpoint compares what its two passes save), under torch.func, with tangents, or wrong."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -207,7 +217,7 @@ def recording_of(
                 form += x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % ALIGNMENT
             else:
                 return None
-        return _recording(layout, tensors[0].dim(), prior_number, *form)  # type: ignore[union-attr]
+        return _recording(layout, tensors[0].dim(), *form)  # type: ignore[union-attr]
     except (RuntimeError, TypeError, AttributeError):
         # No tensor, no strides, or an option that is no option: `describe` says so.
         return None

@@ -24,6 +24,8 @@ CHECKED = (
     "32x48 pixels uint8",
     "21x60x104 pixels",
     "21x60x104 one frame bf16",
+    "26x38 accumulated",
+    "26x38 fp16 scaled",
 )
 
 
@@ -66,7 +68,7 @@ def test_sectors_of_the_mask_are_full_whatever_its_grid(results, name):
     assert results[name]["fullness"]["weights_kernel.mask"] >= 0.95
 
 
-@pytest.mark.parametrize("name", ["26x38", "42x24", "21x60x104", "26x38 prior"])
+@pytest.mark.parametrize("name", ["26x38", "42x24", "21x60x104", "26x38 prior", "26x38 accumulated"])
 def test_executed_bytes_are_those_of_the_ledger(results, name):
     """Each launch asks at least once for every byte that the ledger says, and for no other."""
     assert results[name]["distinct"] <= (4.15 if "prior" in name else 3.15) * results[name]["bytes_of_pred"]
@@ -74,6 +76,6 @@ def test_executed_bytes_are_those_of_the_ledger(results, name):
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_backward_by_one_does_not_touch_the_gradient(results, name):
-    """bench/lab/ledger.py counts on it."""
-    assert not any(tensor.startswith("scale_kernel.gradient") for tensor in results[name]["moved"])
+def test_a_backward_that_was_foreseen_touches_no_tensor(results, name):
+    """bench/lab/ledger.py counts on it. (The two numbers that it compares are scalar loads, which the emulator does not count.)"""
+    assert not any(tensor.startswith("backward.") for tensor in results[name]["moved"])

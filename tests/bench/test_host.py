@@ -32,15 +32,15 @@ print(json.dumps(host.report(rounds=3)))
 
 
 def test_a_call_makes_few_function_calls_and_every_recipe_has_a_row():
-    """Of a form that was seen before, forward and backward: half of them are autograd's and Triton's; the whole way has 2100."""
+    """Of a form that was seen before, forward and backward: half of them are autograd's and Triton's; the whole way has 2500."""
     from bench.recipes import RECIPES
 
     rows = in_a_process(REPORT)
     assert len(rows) == len(RECIPES) + 4
     assert all(row["both"] > 0 and row["forward"] > 0 for row in rows)
     counts = {row["case"].endswith("prior"): row["function calls"] for row in rows if row["loss"] == "ours"}
-    assert counts[False] <= 120
-    assert counts[True] <= 125
+    assert counts[False] <= 100
+    assert counts[True] <= 102
 
 
 ARGUMENTS = """

@@ -120,6 +120,27 @@ def test_a_graph_replayed_with_changed_inputs(config):
         assert_same(got, both(pred, target, mask, config=config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_loss_scale_that_changes_between_replays_of_a_graph(dtype):
+    """What the last replay was given is read and written on the device alone."""
+    pred, target, mask = tensors(WAN_480P, dtype=dtype)
+    scale = torch.ones((), device="cuda")
+
+    def step():
+        return torch.autograd.grad(masked_loss(pred, target, mask), pred, scale)[0]
+
+    for _ in range(3):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for number in (1.0, 0.25, 0.25, 2.0**16, 2.0**16, 2.0**15, 0.3):
+        scale.fill_(number)
+        graph.replay()
+        got = captured.clone()
+        assert torch.equal(got, step())
+
+
 def test_no_call_waits_for_the_device():
     call = tensors(WAN_480P)
     both(*call)

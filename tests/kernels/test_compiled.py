@@ -145,6 +145,12 @@ for normalization in NORMALIZATIONS:
                 fused.loss(inputs, config, False)
             for launch in launches:
                 launch.compile(DEVICES["sm_90"].target)
+with recorded() as launches:  # as the operators of torch.compile call them
+    inputs = describe(pred, pred.detach(), m(2, 1, 5, 6), config)
+    fused.run(inputs, None, config, gradient=torch.empty_like(pred))
+    fused.run(inputs, None, config, gradient=torch.empty_like(pred), grad_output=torch.ones(()))
+for launch in launches:
+    launch.compile(DEVICES["sm_90"].target)
 """
 
 

@@ -22,7 +22,7 @@ class Counted:
         while frame is not None and frame.f_globals.get("__name__") != __name__:
             depth += frame.f_globals.get("__name__", "").startswith("masked_loss_triton.")
             frame = frame.f_back
-        self.depths[self.kernel.__name__] = depth
+        self.depths[self.kernel.__name__] = max(depth, self.depths.get(self.kernel.__name__, 0))
         return self.kernel[grid]
 
 
@@ -33,8 +33,7 @@ def test_at_most_five_frames_lie_between_the_public_function_and_a_launch(device
     pred = torch.randn(2, 3, 1, 4, 6, device=device, requires_grad=True)
     config = MaskedLossConfig(blur_kernel_size=3)
     masked_loss(pred, torch.zeros_like(pred), torch.rand(2, 4, 6, device=device), config, backend="triton").backward()
-    assert depths.pop("scale_kernel") <= 3  # from autograd's backward
-    assert depths.keys() == KERNELS.keys() - {"scale_kernel"}
+    assert depths.keys() == KERNELS.keys()
     assert max(depths.values()) <= 5, depths
 
 

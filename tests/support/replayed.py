@@ -1,14 +1,15 @@
 """Handles of interpreted kernels, which take addresses as compiled kernels do: a recorded call can then be made again on a CPU."""
 
+import collections
 import ctypes
 
 import torch
 import triton
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from masked_loss_triton.kernels import loss, scale, weights
+from masked_loss_triton.kernels import loss, weights
 
-KERNELS = {"loss_kernel": loss, "scale_kernel": scale, "weights_kernel": weights, "resample_kernel": weights}
+KERNELS = {"loss_kernel": loss, "weights_kernel": weights, "resample_kernel": weights}
 
 
 class Handle:
@@ -22,8 +23,14 @@ class Handle:
         self.leaves = [_Form(x) if isinstance(x, torch.Tensor) else x for x in leaves]
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-        leaves = tree_leaves(arguments)
-        leaves = [form.at(x) if isinstance(form, _Form) else x for x, form in zip(leaves, self.leaves, strict=True)]
+        given = list(zip(tree_leaves(arguments), self.leaves, strict=True))
+        most = (
+            collections.Counter()
+        )  # bytes from an address: the interpreter wants one storage where two arguments are one tensor
+        for address, form in given:
+            if isinstance(form, _Form):
+                most[address] = max(most[address], form.bytes)
+        leaves = [form.at(x, most[x]) if isinstance(form, _Form) else x for x, form in given]
         self.launched.append(self.kernel.fn.__name__)
         self.kernel[x, y, z](*tree_unflatten(leaves, self.tree), **self.options)
 
@@ -31,10 +38,11 @@ class Handle:
 class _Form:
     def __init__(self, tensor):
         self.shape, self.strides, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.size = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        self.bytes = elements * self.dtype.itemsize
 
-    def at(self, address):
-        memory = (ctypes.c_char * (self.size * self.dtype.itemsize)).from_address(address)
+    def at(self, address, size):
+        memory = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.shape, self.strides)
 
 

@@ -1,0 +1,66 @@
+"""grad_output, foreseen: what autograd will multiply the loss's gradient by, before it says so.
+
+The forward multiplies the gradient by what the last backward was given, before it is rounded to the dtype of pred. The backward
+is the same launch with the real number: where that was foreseen, it returns at once, on the device; else it computes the gradient
+again. The result is the same either way, nobody waits for a number, and accumulation or a loss scale costs no pass over memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from masked_loss_triton.kernels.launches import Launches
+
+if TYPE_CHECKING:
+    from masked_loss_triton.config import MaskedLossConfig
+
+# Numbers kept for each device. They are never freed: a launch on another stream may still write one.
+SLOTS = 64
+
+
+class Upstream(NamedTuple):
+    """What the gradient is multiplied by: 1 where there is no pointer; what was not foreseen has the first alone."""
+
+    grad_output_ptr: torch.Tensor | None = None  # () float32; in the forward that is `expected_ptr`
+    last_ptr: torch.Tensor | None = None  # () float32, kept between calls: what the last backward was given
+    expected_ptr: torch.Tensor | None = None  # () float32, of this call: a copy, since another stream may write `last` meanwhile
+    written: float = 0.0  # 1.0: the gradient in memory has been multiplied by what was expected
+
+    @classmethod
+    def foreseen(cls, config: MaskedLossConfig, device: torch.device, launches: Launches) -> Upstream:
+        """Of a forward."""
+        expected, last = launches.empty((), device), last_grad_output(device, config)
+        launches.kept.append(last)
+        return cls(expected, last, expected, 0.0)
+
+
+@functools.cache
+def _slots(device: torch.device) -> tuple[torch.Tensor, ...]:
+    # 16 bytes for each: a pointer off that alignment would make kernels of its own.
+    return torch.ones(SLOTS, 4, dtype=torch.float32, device=device).unbind()
+
+
+def last_grad_output(device: torch.device, config: MaskedLossConfig) -> torch.Tensor:
+    """Where the last grad_output of losses with this config is kept, 1 at first.
+
+    Two configs may share a place: what is foreseen decides about speed alone.
+    """
+    return _slots(device)[hash(config) % SLOTS]
+
+
+@triton.jit
+def is_written(upstream, grad_output):
+    """Whether the gradient in memory has been multiplied by this grad_output. If not, the next forward will expect it."""
+    if upstream.expected_ptr is not None:
+        expected = tl.load(upstream.expected_ptr)
+        is_backward = upstream.written != 0.0
+        first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+        tl.store(upstream.last_ptr, grad_output, mask=is_backward & first & (grad_output != expected))
+        return is_backward & (grad_output == expected)
+    else:
+        return False

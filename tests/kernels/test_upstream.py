@@ -1,0 +1,91 @@
+"""grad_output is foreseen: the forward multiplies by what the last backward was given, and the backward finds its work done."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton.kernels import upstream
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known():
+    upstream._slots.cache_clear()
+
+
+def a_call(device, dtype=torch.float32, config=None, backend="triton"):
+    """(loss, pred) of data that are always the same."""
+    generator = torch.Generator().manual_seed(1)
+    pred, target = (torch.randn(2, 4, 3, 4, 6, generator=generator).to(device, dtype) for _ in range(2))
+    mask = torch.rand(2, 3, 4, 6, generator=generator).to(device)
+    return masked_loss(pred.requires_grad_(), target, mask, config, backend=backend), pred
+
+
+def gradients(device, grad_output, dtype=torch.float32, config=None):
+    """(what the forward has written, what the backward gives)."""
+    loss, pred = a_call(device, dtype, config)
+    written = loss.grad_fn.gradient.clone()
+    return written, torch.autograd.grad(loss * grad_output, pred)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_does_not_change_is_foreseen_and_what_changes_is_computed_to_the_same_bits(device, dtype):
+    computed = {}
+    for grad_output in (1.0, 0.25, 0.3, 3e4):
+        for turn in range(3):
+            written, given = gradients(device, grad_output, dtype)
+            assert torch.equal(written, given) == (turn > 0 or grad_output == 1.0)
+            if turn == 0:
+                computed[grad_output] = given
+            assert torch.equal(given, computed[grad_output])
+    assert torch.equal(gradients(device, 1.0, dtype)[1], computed[1.0])
+
+
+def test_a_step_of_nan_is_forgotten(device):
+    _, want = gradients(device, 0.5)
+    assert gradients(device, float("nan"))[1].isnan().all()
+    written, found = gradients(device, 0.5)
+    assert written.isnan().all()
+    assert torch.equal(found, want)
+
+
+def test_losses_of_two_configs_do_not_disturb_each_other(device):
+    configs = [MaskedLossConfig(gamma=1 + n / 8) for n in range(16)]
+    first = configs[0]
+    second = next(x for x in configs if (hash(x) - hash(first)) % upstream.SLOTS)
+    for _ in range(2):
+        found = [gradients(device, number, config=config) for number, config in ((0.25, first), (4.0, second))]
+    for written, given in found:
+        assert torch.equal(written, given)
+
+
+def test_a_second_backward_and_another_number_in_it(device):
+    gradients(device, 0.5)
+    loss, pred = a_call(device)
+    want = {number: gradients(device, number)[1] for number in (0.5, 2.0)}
+    for number in (0.5, 2.0, 0.5, 0.5):
+        (found,) = torch.autograd.grad(loss * number, pred, retain_graph=True)
+        assert torch.equal(found, want[number])
+
+
+def test_what_another_backward_was_given_meanwhile_is_not_taken_for_what_the_forward_expected(device):
+    """On another stream, say: the call has a copy of its own, made before the first program of its loss starts."""
+    _, want = gradients(device, 0.25)
+    gradients(device, 0.5)
+    loss, pred = a_call(device)
+    upstream.last_grad_output(pred.device, MaskedLossConfig()).fill_(0.25)
+    (found,) = torch.autograd.grad(loss * 0.25, pred)
+    assert torch.equal(found, want)
+
+
+def test_what_was_saved_may_be_moved_meanwhile(device):
+    """Hooks of saved tensors give copies back: the backward takes those, its own memory too."""
+    _, want = gradients(device, 0.3)
+    for number in (0.3, 0.3, 1.0):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+            loss, pred = a_call(device)
+        (found,) = torch.autograd.grad(loss * number, pred)
+        torch.testing.assert_close(found, want * (number / 0.3))
