@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels import devices
+from masked_loss_triton.kernels.devices import Hardware, wait_for_last
 from masked_loss_triton.kernels.launches import FUSION, Launch, Launches
 from masked_loss_triton.kernels.operands import (
     LossLaunch,
@@ -156,6 +158,8 @@ def loss_kernel(
 
     A program keeps its weights over its channels.
     """
+    if OPTIONS.OVERLAPS:
+        wait_for_last()
     BLOCK_P: tl.constexpr = OPTIONS.BLOCK_P
     shape, tiles = sizes_of(shape, OPTIONS), decoded(tiles, OPTIONS)
     channels = shape[1]
@@ -218,13 +222,6 @@ def loss_kernel(
     write_loss(out, weights, shape, tiles, prior is not None, OPTIONS)
 
 
-@functools.lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # the interpreter; small, but enough that small inputs take the path that splits the channels
-
-
 @dataclasses.dataclass(frozen=True)
 class LossPlan:
     """Everything of a launch that the numbers in the tensors do not change.
@@ -246,7 +243,7 @@ def plan_loss(
     tiles: int,
     config: MaskedLossConfig,
     one_frame: bool,
-    multiprocessors: int,
+    hardware: Hardware,
 ) -> LossPlan:
     """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew.
 
@@ -260,7 +257,7 @@ def plan_loss(
     batch, _, frames, height, width = pred.shape
     walk = Walk.over(operands[:5])
     mask_strides, mask_flat, mask_divisor = mask_steps(mask)
-    launch = LossLaunch.choose(batch, walk, has_prior, multiprocessors)
+    launch = LossLaunch.choose(batch, walk, has_prior, hardware.multiprocessors)
     # Where channels lie innermost, their stride has to be known as 1.
     code = walk.flat and not walk.channels_innermost
     groups = ceil_div(walk.channels, launch.block_c * launch.channel_blocks)
@@ -271,6 +268,7 @@ def plan_loss(
         NORMALIZATION=config.normalization,
         PER_SAMPLE=config.per_sample,
         CODED=code,
+        OVERLAPS=hardware.overlaps,
         FLAT=walk.flat,
         BY_FRAME=walk.frames > 1,
         FOLD=walk.fold,
@@ -297,7 +295,7 @@ def plan_loss(
             Normalization.of(config),
             options,
         ),
-        launch.options(),
+        launch.options() | hardware.options(),
     )
 
 
@@ -332,9 +330,8 @@ def launch_loss(
     frames = next((x.shape[1] for x in (weights.w_ptr, mask) if x is not None), 1)
     tensors = (pred, call.target, call.latents, call.prior, gradient, mask)
     layouts = tuple(map(Layout.of, tensors))
-    plan = plan_loss(
-        layouts, weights.partials_ptr.shape[2], config, frames == 1 < pred.shape[2], _multiprocessors(device)
-    )
+    one_frame = frames == 1 < pred.shape[2]
+    plan = plan_loss(layouts, weights.partials_ptr.shape[2], config, one_frame, devices.hardware(device))
     if terms is not None:
         out = Outputs.of_backward(terms, stats)
     else:

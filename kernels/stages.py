@@ -40,12 +40,13 @@ class Stages(NamedTuple):
 class StageOptions:
     """What the code of the stages depends on; a kernel takes one object of a subclass as its only constexpr.
 
-    CODED: sizes and some strides are `coded`.
+    CODED: sizes and some strides are `coded`. OVERLAPS: see `Hardware`.
     """
 
     INVERT: bool
     FLOOR: str
     CODED: bool = False
+    OVERLAPS: bool = False
 
 
 class Gates(NamedTuple):

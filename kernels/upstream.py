@@ -28,7 +28,9 @@ class Upstream(NamedTuple):
 
     grad_output_ptr: torch.Tensor | None = None  # () float32; in the forward that is `expected_ptr`
     last_ptr: torch.Tensor | None = None  # () float32, kept between calls: what the last backward was given
-    expected_ptr: torch.Tensor | None = None  # () float32, of this call: a copy, since another stream may write `last` meanwhile
+    expected_ptr: torch.Tensor | None = (
+        None  # () float32, of this call: a copy, since another stream may write `last` meanwhile
+    )
     written: float = 0.0  # 1.0: the gradient in memory has been multiplied by what was expected
 
     @classmethod

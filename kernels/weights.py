@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
+from masked_loss_triton.kernels import devices
+from masked_loss_triton.kernels.devices import let_next_begin
 from masked_loss_triton.kernels.launches import FUSION, Launches
 from masked_loss_triton.kernels.operands import coded, decoded, step_of, warps
 from masked_loss_triton.kernels.resampling import place, raw_mask, resampling_of
@@ -151,6 +153,8 @@ def weights_kernel(
     """
     BLOCK: tl.constexpr = OPTIONS.BLOCK
     HAS_PRIOR: tl.constexpr = OPTIONS.HAS_PRIOR
+    if OPTIONS.OVERLAPS:
+        let_next_begin()
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     grid = (decoded(grid[0], OPTIONS), decoded(grid[1], OPTIONS), decoded(grid[2], OPTIONS))
@@ -279,6 +283,7 @@ def plan_weights(
     has_prior: bool,
     stats: bool,
     packed: bool = False,
+    overlaps: bool = False,
 ) -> WeightsPlan:
     """The plan of a call whose tensors lie like this; made once, since it takes longer than what a call does anew."""
     # A mask of one frame is made into weights once, and counted for each frame.
@@ -308,7 +313,7 @@ def plan_weights(
         more |= dict(PACKED=True)
     # A blur reads neighbours: there the compiler needs to know the sizes.
     code = not blurred and bool(more.get("FLAT", True))
-    more |= dict(CODED=code)
+    more |= dict(CODED=code, OVERLAPS=overlaps)
     if how is not None:
         how = how._replace(b=coded([how.b], code)[0])
     arguments = (coded(shape, code), how, stages, blur, launch.blocks_per_tile, grid[0] // frames, options(**more))
@@ -326,7 +331,8 @@ def launch_weights(
     """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""
     mask, batch, device = call.mask, call.pred.shape[0], call.pred.device
     has_prior = call.prior is not None
-    plan = plan_weights(Layout.of(mask), config, call.grid, batch, has_prior, stats, call.patches is not None)
+    packed, overlaps = call.patches is not None, devices.hardware(device).overlaps
+    plan = plan_weights(Layout.of(mask), config, call.grid, batch, has_prior, stats, packed, overlaps)
     tiles, num_warps = plan.launch.tiles, plan.launch.num_warps
     planes, shape = PLANES_WITH_STATS if stats else PLANES, (batch, *plan.shape)
     result = MaskWeights(

@@ -44,7 +44,7 @@ def kernels(resolution: tuple[int, int], frames: tuple[int, ...], dtype: torch.d
             pred = torch.empty(shape, dtype=dtype, requires_grad=True)
             mask = torch.ones(1, *shape[2:])
             call = Call(pred, torch.empty(shape, dtype=dtype), mask, None, MaskedLossConfig(), "channels_first")
-            for launch in launches_of(call, device.multiprocessors):
+            for launch in launches_of(call, device.hardware):
                 found[launch.name].add(launch.specialization(device.target))
     return {name: len(kinds) for name, kinds in found.items()}
 

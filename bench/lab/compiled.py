@@ -46,7 +46,7 @@ def report(variants: Iterable[str], targets: Iterable[str]) -> Iterator[Row]:
         call = build(case, filled=False)
         for target in targets:
             device = DEVICES[target]
-            for launch in launches_of(call, device.multiprocessors, stats=case.stats, backward=False):
+            for launch in launches_of(call, device.hardware, stats=case.stats, backward=False):
                 yield Row(variant, case.name, launch.name, target, launch.grid, _analysed(launch, target))
 
 

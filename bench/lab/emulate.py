@@ -23,9 +23,10 @@ from bench.cases import LATENTS, Call, Case, Latents, build
 from bench.lab.emulator import why_unavailable
 from bench.lab.emulator.memory import Traffic
 from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton.kernels.devices import Hardware
 
 BF16, FP16 = torch.bfloat16, torch.float16
-MULTIPROCESSORS = 132  # those of an H100: the launchers split small inputs by them
+HARDWARE = Hardware(132)  # the multiprocessors of an H100: the launchers split small inputs by them
 TARGET = GPUTarget("hip", "gfx1100", 32)
 
 # Frames are cut so that each case stays below 400,000 elements: rows and planes keep their real alignment.
@@ -111,7 +112,7 @@ def shortened(case: Case) -> Case:
 def run(name: str, case: Case) -> Result:
     """Executes one forward and backward of a step whose grad_output was that of the step before."""
     from bench.lab.emulator import machine
-    from bench.lab.launches import Launch, fused_loss, multiprocessors, recorded
+    from bench.lab.launches import Launch, fused_loss, on, recorded
     from masked_loss_triton.kernels.upstream import last_grad_output
 
     call, upstream = build(case), UPSTREAM.get(name, 1.0)
@@ -131,7 +132,7 @@ def run(name: str, case: Case) -> Result:
             place = len(launches), storage
             distinct[place] = max(counted.distinct, distinct.get(place, 0))
 
-    with multiprocessors(MULTIPROCESSORS), recorded(execute) as launches, _poisoned_outputs():
+    with on(HARDWARE), recorded(execute) as launches, _poisoned_outputs():
         last_grad_output(call.pred.device, call.config).fill_(upstream)
         loss = fused_loss(call)
         loss.backward(torch.tensor(upstream))

@@ -78,7 +78,7 @@ def write_cubins(folder: pathlib.Path, variants: Iterable[str], targets: Iterabl
         call = build(VARIANTS[variant], filled=False)
         for target in targets:
             device = DEVICES[target]
-            for launch in launches_of(call, device.multiprocessors, stats=VARIANTS[variant].stats, backward=False):
+            for launch in launches_of(call, device.hardware, stats=VARIANTS[variant].stats, backward=False):
                 kernel = launch.compile(device.target)
                 if id(kernel) not in seen:
                     seen.add(id(kernel))

@@ -32,7 +32,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from bench.cases import Call
 from masked_loss_triton.backend import fused
 from masked_loss_triton.call import describe
-from masked_loss_triton.kernels import loss as loss_kernels
+from masked_loss_triton.kernels import devices
+from masked_loss_triton.kernels.devices import Hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Device:
     warps: int  # resident per multiprocessor; AMD: waves per SIMD
     blocks: int  # resident per multiprocessor
     shared_memory: int  # bytes per multiprocessor that blocks can take
+
+    @property
+    def hardware(self) -> Hardware:
+        return Hardware(self.multiprocessors, self.target.backend == "cuda" and int(self.target.arch) >= 90)
 
 
 DEVICES = {
@@ -163,9 +168,9 @@ def _detached(value: Any) -> Any:
     return value
 
 
-def multiprocessors(count: int) -> contextlib.AbstractContextManager[Any]:
-    """The launchers choose as on a device with `count` multiprocessors, and not as for a CPU tensor."""
-    return mock.patch.object(loss_kernels, "_multiprocessors", return_value=count)
+def on(hardware: Hardware) -> contextlib.AbstractContextManager[Any]:
+    """The launchers choose as on this hardware, and not as for a CPU tensor."""
+    return mock.patch.object(devices, "hardware", return_value=hardware)
 
 
 @contextlib.contextmanager
@@ -195,9 +200,9 @@ def fused_loss(call: Call, *, stats: bool = False) -> torch.Tensor:
     return fused.loss(inputs, call.config, stats)[0]
 
 
-def launches_of(call: Call, count: int, *, stats: bool = False, backward: bool = True) -> list[Launch]:
-    """Every launch of forward and backward on a device with `count` multiprocessors."""
-    with multiprocessors(count), recorded() as launches:
+def launches_of(call: Call, hardware: Hardware, *, stats: bool = False, backward: bool = True) -> list[Launch]:
+    """Every launch of forward and backward on this hardware."""
+    with on(hardware), recorded() as launches:
         loss = fused_loss(call, stats=stats)
         if backward:
             loss.backward()

@@ -73,14 +73,14 @@ def of_torch_backend(case: Case) -> Counts:
     return count(lambda: closed_form.loss(inputs, call.config, False)[0])
 
 
-def of_kernels(case: Case, multiprocessors: int = 132) -> Counts:
-    """Counts the triton backend, on a device with so many multiprocessors."""
+def of_kernels(case: Case) -> Counts:
+    """Counts the triton backend, as on an H100."""
     from bench.lab import launches
     from masked_loss_triton.kernels.upstream import last_grad_output
 
     call: Call = build(case, "meta", filled=False)
     last_grad_output(call.pred.device, call.config)  # made once in a process
-    with launches.multiprocessors(multiprocessors), launches.recorded() as recorded:
+    with launches.on(launches.DEVICES["sm_90"].hardware), launches.recorded() as recorded:
         counts = count(lambda: launches.fused_loss(call, stats=case.stats))
     for launch in recorded:
         touched = _OF_BACKWARD if launch.is_backward else launch.tensors

@@ -48,8 +48,8 @@ def install(*, start: bool = True) -> ctypes.CDLL:
     if start:
         triton.runtime.driver.set_active(CudaDriver())
     # Where `choose` would refuse CPU tensors, and the launchers would choose as for the interpreter.
-    from masked_loss_triton.kernels import loss as loss_kernels
+    from masked_loss_triton.kernels import devices
 
     mock.patch.object(backend, "choose", lambda name, pred: name).start()
-    mock.patch.object(loss_kernels, "_multiprocessors", return_value=MULTIPROCESSORS).start()
+    mock.patch.object(devices, "hardware", return_value=devices.Hardware(MULTIPROCESSORS, overlaps=True)).start()
     return driver

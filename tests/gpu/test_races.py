@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
 from masked_loss_triton.backend import replay
+from masked_loss_triton.kernels import devices
 
 pytestmark = pytest.mark.gpu
 WAN_480P = (1, 16, 21, 60, 104)
@@ -118,6 +119,23 @@ def test_a_graph_replayed_with_changed_inputs(config):
         graph.replay()
         got = [x.clone() for x in captured]
         assert_same(got, both(pred, target, mask, config=config))
+
+
+@pytest.mark.slow
+def test_a_loss_that_begins_before_the_weights_have_ended_gives_the_same_bits(monkeypatch):
+    """A thousand times, small and large: one that did not wait would read the sums of the call before."""
+    here = devices.hardware(torch.device("cuda", torch.cuda.current_device()))
+    if not here.overlaps:
+        pytest.skip("this device starts one kernel after the other")
+    calls = [tensors((1, 16, 1, 26, 38)), tensors(WAN_480P), tensors(HV_720P)]
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "hardware", lambda device: here._replace(overlaps=False))
+        replay._recording.cache_clear()
+        wanted = [both(*call) for call in calls]
+    replay._recording.cache_clear()
+    for _ in range(1000):
+        for call, want in zip(calls, wanted, strict=True):
+            assert_same(both(*call), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -120,7 +120,7 @@ from masked_loss_triton.config import LOSS_TYPES, NORMALIZATIONS
 def compiled(shape, mask, config=MaskedLossConfig(), **prior):
     pred = torch.randn(shape, requires_grad=True)
     call = Call(pred, torch.randn(shape), mask, prior.get("prior"), config, "channels_first")
-    for launch in launches_of(call, 132, stats="prior" in prior):
+    for launch in launches_of(call, DEVICES["sm_90"].hardware, stats="prior" in prior):
         launch.compile(DEVICES["sm_90"].target)
 m = torch.rand
 everything = MaskedLossConfig(blur_kernel_size=3, per_sample=True, area_scale_beta=0.5, gamma=0.7, prior_threshold=0.5)
@@ -167,7 +167,7 @@ from bench.lab.launches import DEVICES, launches_of
 from bench.lab.variants import VARIANTS
 for target, past_the_cache, barrier in (("sm_90", "ld.global.cv", "bar.sync"), ("gfx942", "sc0 sc1", "s_barrier")):
     device = DEVICES[target]
-    _, launch, _ = launches_of(build(VARIANTS["main"], filled=False), device.multiprocessors)
+    _, launch, _ = launches_of(build(VARIANTS["main"], filled=False), device.hardware)
     code = launch.compile(device.target).asm
     code = code.get("amdgcn") or code["ptx"]
     print(code.count(past_the_cache), code.count(barrier))
@@ -181,6 +181,40 @@ def test_sums_of_other_programs_are_read_past_the_first_cache_on_both_makers_dev
     nvidia, amd = ([int(number) for number in line.split()] for line in finished.stdout.splitlines())
     assert nvidia == amd  # eight loads of each of 128 threads; as many barriers with two waves of 64 as with four of 32
     assert nvidia[0] == 8
+
+
+# The loss kernel may begin before the weights kernel has ended: nothing may be read or written before it has waited.
+OVERLAP = """
+import pathlib, re, tempfile
+from bench.cases import build
+from bench.lab.launches import DEVICES, launches_of
+from bench.lab.machine_code import tool
+from bench.lab.variants import VARIANTS
+for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
+    device = DEVICES[target]
+    for variant in ("main", "prior bf16", "stats", "pixels blur"):
+        call = build(VARIANTS[variant], filled=False)
+        for launch in launches_of(call, device.hardware, stats=VARIANTS[variant].stats, backward=False):
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = pathlib.Path(folder, "kernel.cubin")
+                cubin.write_bytes(launch.compile(device.target).asm["cubin"])
+                words = re.findall(r"ACQBULK|PREEXIT|LDG|STG|ATOM|RED", tool("nvdisasm", "-c", str(cubin)))
+            overlaps = launch.options.get("launch_pdl", False)
+            print(target, launch.name, overlaps, words.count("PREEXIT"), words[0], words.count("ACQBULK"))
+"""
+
+
+@pytest.mark.slow
+def test_the_loss_kernel_touches_no_memory_before_it_has_waited_for_the_weights():
+    finished = python("-c", OVERLAP)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split() for line in finished.stdout.splitlines()]
+    assert len(rows) == 4 * (2 + 2 + 2 + 3)
+    for target, kernel, overlaps, lets_begin, first, waits in rows:
+        loss, weights = (target != "sm_80" and kernel == name for name in ("loss_kernel", "weights_kernel"))
+        assert (overlaps == "True") == loss
+        assert (int(lets_begin) > 0) == weights
+        assert (int(waits), first == "ACQBULK") == (loss, loss)
 
 
 def test_buckets_share_their_kernels():

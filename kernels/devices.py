@@ -1,0 +1,55 @@
+"""What the launchers ask a device."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Hardware(NamedTuple):
+    """What decides about launches.
+
+    Args:
+        overlaps: a kernel may be started before the one before it has ended, and wait on the device for what that one writes
+            (programmatic dependent launch, from sm_90 on).
+    """
+
+    multiprocessors: int
+    overlaps: bool = False
+
+    def options(self) -> dict[str, bool]:
+        """Options of a launch that may begin early."""
+        return dict(launch_pdl=True) if self.overlaps else {}  # a word that only CUDA's backend of Triton knows
+
+
+@functools.lru_cache(maxsize=16)
+def hardware(device: torch.device) -> Hardware:
+    if device.type != "cuda":
+        return Hardware(
+            4
+        )  # the interpreter; small, but enough that small inputs take the path that splits the channels
+    properties = torch.cuda.get_device_properties(device)
+    # Drivers before 12.3 cannot capture such a launch in a graph.
+    overlaps = not torch.version.hip and properties.major >= 9 and torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
+    return Hardware(properties.multi_processor_count, overlaps)
+
+
+# Triton's own words for the two fail in 3.4. Without the clobber LLVM could move an access of memory past them.
+
+
+@triton.jit
+def let_next_begin():
+    """The next kernel may be started from here on; what this one writes it sees behind its `wait_for_last`."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_last():
+    """Waits for the end of the kernel before, and sees all that it has written."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
