@@ -168,7 +168,7 @@ class Recording:
                 )
                 given = as_given(call.pred, self.layout, self.dim)
                 strides = as_given(gradient, self.layout, self.dim).stride()
-                # pred may have gaps, or axes of one element
+                # They differ where pred is expanded.
                 self.gradient_strides = None if torch.empty_like(given).stride() == strides else strides
         except KeyError:
             self.cannot = True

@@ -35,7 +35,8 @@ def arguments(**call):
     """New tensors of one form: (pred, target, mask, keywords)."""
     call = {name: value() if callable(value) else value for name, value in call.items()}
     shape, dtype = call.pop("shape", (2, 4, 3, 4, 6)), call.pop("dtype", torch.float32)
-    pred, target, mask = draw(shape, dtype), call.pop("target", None), call.pop("mask", None)
+    pred, target, mask = (call.pop(name, None) for name in ("pred", "target", "mask"))
+    pred = draw(shape, dtype) if pred is None else pred
     target = draw(shape, dtype) if target is None else target
     mask = torch.rand(shape[0], *shape[2:]) if mask is None else mask
     return pred, target, mask, call
@@ -73,6 +74,13 @@ FORMS = {
     ),
     "a mask of another size": dict(mask=lambda: torch.rand(2, 1, 8, 9)),
     "a blurred mask": dict(mask=lambda: torch.rand(2, 3, 8, 12), config=MaskedLossConfig(blur_kernel_size=3)),
+    "a pred with gaps": dict(pred=lambda: draw((2, 8, 3, 4, 6))[:, ::2]),
+    "a pred that is a transposed view": dict(pred=lambda: draw((2, 3, 4, 4, 6)).transpose(1, 2)),
+    "a pred that is expanded": dict(
+        shape=(4, 2, 4, 1),
+        pred=lambda: torch.randn(64).as_strided((4, 2, 4, 1), (1, 0, 16, 1)),
+        mask=lambda: torch.rand(4, 4, 1),
+    ),
     "images": dict(shape=(2, 4, 5, 6), mask=lambda: torch.rand(2, 5, 6)),
     "layers": dict(shape=(2, 3, 4, 5, 6), layout="layered", mask=lambda: torch.rand(2, 3, 5, 6)),
     "no gradient": dict(grad=False),

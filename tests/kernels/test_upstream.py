@@ -44,6 +44,15 @@ def test_what_does_not_change_is_foreseen_and_what_changes_is_computed_to_the_sa
     assert torch.equal(gradients(device, 1.0, dtype)[1], computed[1.0])
 
 
+@pytest.mark.parametrize("number", [0.5, 0.3])
+def test_the_backward_writes_the_gradient_only_where_it_was_not_foreseen(device, number):
+    gradients(device, 0.5)
+    loss, pred = a_call(device)
+    loss.grad_fn.gradient.fill_(7.0)
+    (found,) = torch.autograd.grad(loss * number, pred)
+    assert (found == 7.0).all() if number == 0.5 else not (found == 7.0).any()
+
+
 def test_a_step_of_nan_is_forgotten(device):
     _, want = gradients(device, 0.5)
     assert gradients(device, float("nan"))[1].isnan().all()

@@ -30,6 +30,9 @@ class Handle:
         for address, form in given:
             if isinstance(form, _Form):
                 most[address] = max(most[address], form.bytes)
+        assert not any(address % 16 for address in most), (
+            "the kernel was compiled for addresses on multiples of 16 bytes"
+        )
         leaves = [form.at(x, most[x]) if isinstance(form, _Form) else x for x, form in given]
         self.launched.append(self.kernel.fn.__name__)
         self.kernel[x, y, z](*tree_unflatten(leaves, self.tree), **self.options)
