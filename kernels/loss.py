@@ -55,7 +55,7 @@ from masked_loss_triton.kernels.sums import (
     factors,
     write_loss,
 )
-from masked_loss_triton.kernels.upstream import Upstream, is_written
+from masked_loss_triton.kernels.upstream import Upstream, nothing_to_do
 from masked_loss_triton.kernels.weights import MaskWeights
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def loss_kernel(
     position, inside, cell, at = walked(shape, OPTIONS)
     if upstream.grad_output_ptr is not None:
         grad_output = tl.load(upstream.grad_output_ptr).to(tl.float32)
-        if is_written(upstream, grad_output):
+        if nothing_to_do(upstream, grad_output):
             return
 
     s, r = factors(weights.partials_ptr, tiles, sample, b, shape, normalization, OPTIONS, prior is not None)
@@ -309,7 +309,6 @@ def launch_loss(
     upstream: Upstream = Upstream(),  # noqa: B008
     *,
     gradient: torch.Tensor | None = None,
-    terms: torch.Tensor | None = None,
     stats: bool = False,
 ) -> Outputs:
     """The loss and its gradient in one launch.
@@ -320,10 +319,9 @@ def launch_loss(
         factors: (2, B) float32, instead of those that the sums in `weights` give.
         upstream: what the gradient is multiplied by before it is rounded to pred's dtype.
         gradient: as pred, to be written; None: not asked for.
-        terms: those of the forward, in its backward.
 
     Returns:
-        Where the kernel writes loss and statistics; in the backward it does not.
+        Where the kernel writes loss and statistics; of no use in the backward.
     """
     pred, device = call.pred, call.pred.device
     mask = call.mask if weights.w_ptr is None else None
@@ -332,12 +330,9 @@ def launch_loss(
     layouts = tuple(map(Layout.of, tensors))
     one_frame = frames == 1 < pred.shape[2]
     plan = plan_loss(layouts, weights.partials_ptr.shape[2], config, one_frame, devices.hardware(device))
-    if terms is not None:
-        out = Outputs.of_backward(terms, stats)
-    else:
-        terms = launches.empty((TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), device)
-        loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
-        out = Outputs(terms, loss, numbers if stats else None)
+    terms = launches.empty((TERMS_WITH_STATS if stats else TERMS, math.prod(plan.grid)), device)
+    loss, numbers = (torch.empty(size, dtype=torch.float32, device=device) for size in ((), STATS if stats else 0))
+    out = Outputs(terms, loss, numbers if stats else None)
     arguments = (
         *map(Operand.of, tensors, plan.strides),
         weights,
@@ -353,13 +348,13 @@ def launch_loss(
 
 
 def backward_of(launch: Launch, grad_output: torch.Tensor, written: object) -> Launch:
-    """The backward of a loss that a launch has written together with its gradient: as `launch_loss` makes it from `terms`."""
+    """The backward of a loss that a launch has written together with its gradient. No memory is needed but what the launch had."""
 
     def changed(argument: object) -> object:
         if isinstance(argument, Upstream):
             return argument._replace(grad_output_ptr=grad_output, written=written)  # type: ignore[arg-type]
         if isinstance(argument, Outputs):
-            return Outputs.of_backward(argument.terms_ptr, argument.stats_ptr is not None)
+            return argument.of_backward()
         return argument
 
     return launch._replace(arguments=tuple(map(changed, launch.arguments)))

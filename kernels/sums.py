@@ -88,10 +88,9 @@ class Outputs(NamedTuple):
     loss_ptr: torch.Tensor  # () float32
     stats_ptr: torch.Tensor | None  # (STATS,) float32
 
-    @classmethod
-    def of_backward(cls, terms: torch.Tensor, stats: bool) -> Outputs:
-        """For the same kernel once more: its last program has written the loss, and no program is the last one again."""
-        return cls(terms, terms, terms if stats else None)
+    def of_backward(self) -> Outputs:
+        """For the same launch once more: its last program has written the loss, and no program is the last one again."""
+        return Outputs(self.terms_ptr, self.terms_ptr, None if self.stats_ptr is None else self.terms_ptr)
 
 
 @triton.jit

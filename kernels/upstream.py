@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 
 from masked_loss_triton.kernels.launches import Launches
 
@@ -24,14 +25,19 @@ SLOTS = 64
 
 
 class Upstream(NamedTuple):
-    """What the gradient is multiplied by: 1 where there is no pointer; what was not foreseen has the first alone."""
+    """What the gradient is multiplied by. Without pointers 1; the operators of torch.compile give `grad_output_ptr` alone.
 
-    grad_output_ptr: torch.Tensor | None = None  # () float32; in the forward that is `expected_ptr`
-    last_ptr: torch.Tensor | None = None  # () float32, kept between calls: what the last backward was given
-    expected_ptr: torch.Tensor | None = (
-        None  # () float32, of this call: a copy, since another stream may write `last` meanwhile
-    )
-    written: float = 0.0  # 1.0: the gradient in memory has been multiplied by what was expected
+    Args:
+        grad_output_ptr: () float32; in the forward that is `expected_ptr`.
+        last_ptr: its first element, float32, outlives the call: what the last backward was given.
+        expected_ptr: () float32, of this call: a copy, since another stream may write `last` meanwhile.
+        written: 1.0: the gradient in memory has been multiplied by what was expected. No bool: True would be a kernel of its own.
+    """
+
+    grad_output_ptr: torch.Tensor | None = None
+    last_ptr: torch.Tensor | None = None
+    expected_ptr: torch.Tensor | None = None
+    written: float = 0.0
 
     @classmethod
     def foreseen(cls, config: MaskedLossConfig, device: torch.device, launches: Launches) -> Upstream:
@@ -43,12 +49,13 @@ class Upstream(NamedTuple):
 
 @functools.cache
 def _slots(device: torch.device) -> tuple[torch.Tensor, ...]:
-    # 16 bytes for each: a pointer off that alignment would make kernels of its own.
-    return torch.ones(SLOTS, 4, dtype=torch.float32, device=device).unbind()
+    with _disable_current_modes():  # the first call may be one under a mode that fakes tensors
+        # 16 bytes for each: a pointer off that alignment would make kernels of its own.
+        return torch.ones(SLOTS, 4, dtype=torch.float32, device=device).unbind()
 
 
 def last_grad_output(device: torch.device, config: MaskedLossConfig) -> torch.Tensor:
-    """Where the last grad_output of losses with this config is kept, 1 at first.
+    """Where the last grad_output of losses with this config is kept, in the first of four elements; 1 at first.
 
     Two configs may share a place: what is foreseen decides about speed alone.
     """
@@ -56,13 +63,16 @@ def last_grad_output(device: torch.device, config: MaskedLossConfig) -> torch.Te
 
 
 @triton.jit
-def is_written(upstream, grad_output):
-    """Whether the gradient in memory has been multiplied by this grad_output. If not, the next forward will expect it."""
+def nothing_to_do(upstream, grad_output):
+    """Whether the gradient in memory has been multiplied by this grad_output. If not, the next forward will expect it.
+
+    Only the first backward of a loss takes it down: later ones, and the forward, know of nothing that was written.
+    """
     if upstream.expected_ptr is not None:
-        expected = tl.load(upstream.expected_ptr)
-        is_backward = upstream.written != 0.0
-        first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
-        tl.store(upstream.last_ptr, grad_output, mask=is_backward & first & (grad_output != expected))
-        return is_backward & (grad_output == expected)
+        foreseen = grad_output == tl.load(upstream.expected_ptr)
+        written = upstream.written != 0.0
+        first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
+        tl.store(upstream.last_ptr, grad_output, mask=written & (foreseen == 0) & first_program)
+        return written & foreseen
     else:
         return False

@@ -131,7 +131,8 @@ def masked_loss(
 
     Notes:
         Accumulates in float32 whatever the dtypes, also under autocast. Does not synchronise, modifies no input, gives the
-        same bits from run to run on one device. NaN and Inf propagate. Differentiable once, in pred.
+        same bits from run to run on one device. NaN and Inf propagate. Differentiable once, in pred. The backward may read the
+        inputs again, as that of any function may: autograd refuses it where they were changed, but not by way of `.data`.
     """
     config = _checked(config)
     recording = None

@@ -71,13 +71,13 @@ class FusedLoss(torch.autograd.Function):
         weights, upstream, out = run(
             inputs, factors, config, stats=stats, gradient=gradient, foresee=True, recording=inputs.recording
         )
-        # No saved tensor: the backward writes it and gives it away, once.
-        ctx.gradient = gradient
+        # No saved tensors: the backward gives the gradient away, once; and a checkpoint would answer with what its second forward
+        # expects, by which this gradient was not multiplied.
+        ctx.gradient, ctx.upstream = gradient, upstream
         flat, given = _flat(inputs, factors), inputs.normalizer if factors is None else None
         ctx.numbers, ctx.given = flat[_SIZE:], given
-        ctx.last, ctx.config, ctx.stats = upstream.last_ptr, config, stats
-        scratch = (out.terms_ptr, upstream.expected_ptr, *weights)
-        ctx.save_for_backward(*flat[:_SIZE], *scratch, *(x for x in given or () if isinstance(x, torch.Tensor)))
+        ctx.config, ctx.stats = config, stats
+        ctx.save_for_backward(*flat[:_SIZE], *weights, *(x for x in given or () if isinstance(x, torch.Tensor)))
         if out.stats_ptr is not None:
             ctx.mark_non_differentiable(out.stats_ptr)
         ctx.set_materialize_grads(False)  # else autograd launches a fill for each of them
@@ -90,25 +90,24 @@ class FusedLoss(torch.autograd.Function):
         refuse_second_derivative()
         rest = iter(ctx.saved_tensors)  # refuses where one of them was changed, or freed
         inputs, factors = _call(*itertools.islice(rest, _SIZE), *ctx.numbers)
-        terms, expected, *weights = itertools.islice(rest, 2 + len(MaskWeights._fields))
+        weights = MaskWeights._make(itertools.islice(rest, len(MaskWeights._fields)))
         if ctx.given is not None:
             given = tuple(next(rest) if isinstance(x, torch.Tensor) else x for x in ctx.given)
             inputs = dataclasses.replace(inputs, normalizer=given)
         gradient, ctx.gradient = ctx.gradient, None
-        upstream = Upstream(grad_output, ctx.last, expected, float(gradient is not None))
+        upstream = ctx.upstream._replace(grad_output_ptr=_aligned(grad_output), written=float(gradient is not None))
         if gradient is None:
             gradient = torch.empty_like(inputs.pred)
         with _on_device(gradient):
             launch_loss(
                 inputs,
-                MaskWeights(*weights),
+                weights,
                 Gates.of(inputs),
                 ctx.config,
                 Launches(),
                 factors,
                 upstream,
                 gradient=gradient,
-                terms=terms,
                 stats=ctx.stats,
             )
         return gradient, None, None, None, None
@@ -162,10 +161,13 @@ class RepeatedLoss(torch.autograd.Function):
         recording = ctx.recording
         if gradient is None:
             gradient, written = recording.empty_gradient(tensors[0]), 0.0
-        if grad_output.data_ptr() % ALIGNMENT:  # a kernel of its own
-            grad_output = grad_output.clone()
-        recording.backward((*tensors, gradient, grad_output), scratch, recording.current_stream(), written)
+        recording.backward((*tensors, gradient, _aligned(grad_output)), scratch, recording.current_stream(), written)
         return gradient, None
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same number where no kernel of its own has to be compiled for its address."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 class Launched(NamedTuple):

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from masked_loss_triton import MaskedLossConfig, masked_loss
+from masked_loss_triton.backend import replay
 from masked_loss_triton.kernels import upstream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -14,14 +17,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def nothing_is_known():
     upstream._slots.cache_clear()
+    replay._recording.cache_clear()  # calls that are made again know where their number lies
 
 
-def a_call(device, dtype=torch.float32, config=None, backend="triton"):
+def a_call(device, dtype=torch.float32, config=None):
     """(loss, pred) of data that are always the same."""
     generator = torch.Generator().manual_seed(1)
     pred, target = (torch.randn(2, 4, 3, 4, 6, generator=generator).to(device, dtype) for _ in range(2))
     mask = torch.rand(2, 3, 4, 6, generator=generator).to(device)
-    return masked_loss(pred.requires_grad_(), target, mask, config, backend=backend), pred
+    return masked_loss(pred.requires_grad_(), target, mask, config, backend="triton"), pred
 
 
 def gradients(device, grad_output, dtype=torch.float32, config=None):
@@ -85,16 +89,51 @@ def test_what_another_backward_was_given_meanwhile_is_not_taken_for_what_the_for
     _, want = gradients(device, 0.25)
     gradients(device, 0.5)
     loss, pred = a_call(device)
-    upstream.last_grad_output(pred.device, MaskedLossConfig()).fill_(0.25)
+    last = upstream.last_grad_output(pred.device, MaskedLossConfig())
+    assert last[0] == 0.5
+    last.fill_(0.25)
     (found,) = torch.autograd.grad(loss * 0.25, pred)
     assert torch.equal(found, want)
 
 
-def test_what_was_saved_may_be_moved_meanwhile(device):
-    """Hooks of saved tensors give copies back: the backward takes those, its own memory too."""
-    _, want = gradients(device, 0.3)
-    for number in (0.3, 0.3, 1.0):
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
-            loss, pred = a_call(device)
-        (found,) = torch.autograd.grad(loss * number, pred)
-        torch.testing.assert_close(found, want * (number / 0.3))
+@pytest.mark.parametrize("prior", [False, True], ids=["no prior", "a prior"])
+def test_what_was_saved_may_come_back_elsewhere_and_without_its_gaps(device, prior):
+    """As from `save_on_cpu(pin_memory=True)`. Another layout is another grid of the backward, with other partial sums."""
+    pred, target, other = (torch.randn(1, 16, 1, 16, 64, device=device).bfloat16()[..., :32] for _ in range(3))
+    mask, call = torch.rand(1, 16, 32, device=device), dict(prior=other) if prior else {}
+    compact = dict(memory_format=torch.contiguous_format)
+    for number in (1.0, 0.5, 0.5):
+        leaf, exact = pred.detach().requires_grad_(), pred.double().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.clone(**compact)):
+            loss = masked_loss(leaf, target, mask, backend="triton", **call)
+        found = [torch.autograd.grad(loss * number, leaf, retain_graph=True)[0] for _ in range(2)]
+        double = {name: x.double() for name, x in call.items()}
+        (want,) = torch.autograd.grad(masked_loss(exact, target.double(), mask, **double) * number, exact)
+        for gradient in found:
+            torch.testing.assert_close(gradient.double(), want, rtol=2**-7, atol=1e-9)
+
+
+def test_checkpoints_of_several_losses_while_the_scale_changes(device):
+    """The second forward of each expects what the backward before it was given; the gradient is that of the first forward."""
+    pred, target, mask = (
+        a_call(device)[1],
+        torch.zeros(2, 4, 3, 4, 6, device=device),
+        torch.ones(2, 3, 4, 6, device=device),
+    )
+
+    def loss_of(x):
+        return masked_loss(x, target, mask, backend="triton")
+
+    (one,) = torch.autograd.grad(masked_loss(pred, target, mask, backend="reference"), pred)
+    for scale in (1.0, 2.0, 0.25):
+        leaves = [pred.detach().requires_grad_() for _ in range(3)]
+        found = torch.autograd.grad(sum(checkpoint(loss_of, x, use_reentrant=False) for x in leaves) * scale, leaves)
+        for gradient in found:
+            torch.testing.assert_close(gradient, one * scale)
+
+
+def test_a_first_call_under_a_mode_of_fakes_spoils_no_other(device):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        upstream.last_grad_output(torch.device(device), MaskedLossConfig())
+    _, given = gradients(device, 0.5)
+    assert given.isfinite().all()

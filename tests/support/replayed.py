@@ -24,9 +24,8 @@ class Handle:
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
         given = list(zip(tree_leaves(arguments), self.leaves, strict=True))
-        most = (
-            collections.Counter()
-        )  # bytes from an address: the interpreter wants one storage where two arguments are one tensor
+        # Bytes from each address: the interpreter wants one storage where two arguments are one tensor.
+        most = collections.Counter()
         for address, form in given:
             if isinstance(form, _Form):
                 most[address] = max(most[address], form.bytes)
