@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -36,9 +38,20 @@ def hardware(device: torch.device) -> Hardware:
         return Hardware(4)  # few, but enough that small inputs take the path that splits the channels
     properties = torch.cuda.get_device_properties(device)
     overlaps = not torch.version.hip and properties.major >= 9 and os.environ.get("MASKED_LOSS_OVERLAP") != "0"
-    if overlaps:  # drivers before 12.3 cannot capture such a launch in a graph
-        overlaps = torch._C._cuda_getDriverVersion() >= 12030  # type: ignore[attr-defined]
-    return Hardware(properties.multi_processor_count, overlaps)
+    # Older drivers cannot capture such a launch in a graph.
+    return Hardware(properties.multi_processor_count, overlaps and _driver_version() >= 12030)
+
+
+def _driver_version() -> int:
+    """12030 for CUDA 12.3; 0 where nobody says."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
+            ctypes.byref(version)
+        )
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 # Triton's own words for the two fail in 3.4. Without the clobber LLVM could move an access of memory past them.

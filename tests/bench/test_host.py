@@ -127,3 +127,29 @@ def test_the_arguments_that_reach_the_launcher_are_those_of_the_whole_way():
     for variant, (whole, again) in in_a_process(ARGUMENTS).items():
         assert again == whole, variant
         assert {launch[0].strip("'") for launch in whole} >= {"weights_kernel", "loss_kernel"}
+
+
+HARDWARE = """
+import json, os
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from bench.lab import null_driver
+from masked_loss_triton.kernels.devices import hardware
+
+null_driver.install(start=False)
+found = []
+for major, wanted in ((9, None), (12, "1"), (8, None), (9, "0")):
+    os.environ |= {} if wanted is None else {"MASKED_LOSS_OVERLAP": wanted}
+    properties = SimpleNamespace(multi_processor_count=132, major=major)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        found.append(hardware.__wrapped__(torch.device("cuda", 0)))
+print(json.dumps(found))
+"""
+
+
+def test_kernels_overlap_from_sm_90_on_unless_somebody_switches_it_off():
+    """The version comes from the driver itself, here the one that does nothing: it says 13.0."""
+    assert in_a_process(HARDWARE) == [[132, True], [132, True], [132, False], [132, False]]
