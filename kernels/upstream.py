@@ -2,7 +2,8 @@
 
 The forward multiplies the gradient by what the last backward was given, before it is rounded to the dtype of pred. The backward
 is the same launch with the real number: where that was foreseen, it returns at once, on the device; else it computes the gradient
-again. The result is the same either way, nobody waits for a number, and accumulation or a loss scale costs no pass over memory.
+again. The result is the same either way (0 and -0 count as one), nobody waits for a number, and accumulation or a loss scale
+costs no pass over memory.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class FusedLoss(torch.autograd.Function):
         )
         # No saved tensors: the backward gives the gradient away, once; and a checkpoint would answer with what its second forward
         # expects, by which this gradient was not multiplied.
-        ctx.gradient, ctx.upstream = gradient, upstream
+        # In a list, since compiled autograd gives the backward a copy of ctx.
+        ctx.gradient, ctx.upstream = [gradient], upstream
         flat, given = _flat(inputs, factors), inputs.normalizer if factors is None else None
         ctx.numbers, ctx.given = flat[_SIZE:], given
         ctx.config, ctx.stats = config, stats
@@ -90,11 +91,14 @@ class FusedLoss(torch.autograd.Function):
         refuse_second_derivative()
         rest = iter(ctx.saved_tensors)  # refuses where one of them was changed, or freed
         inputs, factors = _call(*itertools.islice(rest, _SIZE), *ctx.numbers)
-        weights = MaskWeights._make(itertools.islice(rest, len(MaskWeights._fields)))
+        # Hooks of saved tensors may give them back with other strides; of what follows the kernel knows none.
+        factors = None if factors is None else factors.contiguous()
+        scratch = itertools.islice(rest, len(MaskWeights._fields))
+        weights = MaskWeights._make(None if x is None else x.contiguous() for x in scratch)
         if ctx.given is not None:
             given = tuple(next(rest) if isinstance(x, torch.Tensor) else x for x in ctx.given)
             inputs = dataclasses.replace(inputs, normalizer=given)
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient = ctx.gradient.pop() if ctx.gradient else None
         upstream = ctx.upstream._replace(grad_output_ptr=_aligned(grad_output), written=float(gradient is not None))
         if gradient is None:
             gradient = torch.empty_like(inputs.pred)
@@ -149,25 +153,29 @@ class RepeatedLoss(torch.autograd.Function):
         assert forward is not None
         scratch = forward.scratch(pred.device)
         forward((*tensors, total, numbers, gradient), scratch, stream)
-        ctx.gradient, ctx.recording = gradient, recording
+        ctx.gradient, ctx.recording = [gradient], recording
         ctx.save_for_backward(scratch, *tensors)
+        ctx.set_materialize_grads(False)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None:
+            return None, None
         refuse_second_derivative()
         scratch, *tensors = ctx.saved_tensors
-        gradient, ctx.gradient, written = ctx.gradient, None, 1.0
-        recording = ctx.recording
-        if gradient is None:
+        recording, written = ctx.recording, 1.0
+        if ctx.gradient:
+            gradient = ctx.gradient.pop()
+        else:
             gradient, written = recording.empty_gradient(tensors[0]), 0.0
         recording.backward((*tensors, gradient, _aligned(grad_output)), scratch, recording.current_stream(), written)
         return gradient, None
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same number where no kernel of its own has to be compiled for its address."""
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    """The same number where no kernel of its own has to be compiled for its address, and not as the negative of another."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT or tensor.is_neg() else tensor
 
 
 class Launched(NamedTuple):

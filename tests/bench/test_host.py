@@ -39,8 +39,8 @@ def test_a_call_makes_few_function_calls_and_every_recipe_has_a_row():
     assert len(rows) == len(RECIPES) + 4
     assert all(row["both"] > 0 and row["forward"] > 0 for row in rows)
     counts = {row["case"].endswith("prior"): row["function calls"] for row in rows if row["loss"] == "ours"}
-    assert counts[False] <= 100
-    assert counts[True] <= 102
+    assert counts[False] <= 105
+    assert counts[True] <= 107
 
 
 ARGUMENTS = """

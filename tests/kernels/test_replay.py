@@ -216,6 +216,15 @@ class TestBackward:
         torch.testing.assert_close(got, 2 * want)
 
 
+def test_a_grad_output_that_is_the_negative_of_what_lies_in_memory(launched):
+    for _ in range(2):
+        pred, target, mask, _ = arguments()
+        leaf, number = pred.requires_grad_(), torch.full((), 2.0)
+        (found,) = torch.autograd.grad(masked_loss(leaf, target, mask, backend="triton"), leaf, torch._neg_view(number))
+        (want,) = torch.autograd.grad(masked_loss(leaf, target, mask, backend="reference"), leaf, -number)
+        torch.testing.assert_close(found, want)
+
+
 def test_a_wrong_argument_is_told_after_a_right_one_of_nearly_the_same_form(launched):
     pred, target, mask, _ = arguments()
     pred.requires_grad_()
@@ -285,6 +294,8 @@ def test_a_gradient_that_nobody_gives_is_none(launched, backend):
         leaf = pred.requires_grad_()
         (Dropped.apply(masked_loss(leaf, target, mask, backend=backend)) + 0 * leaf.sum()).backward()
         assert not leaf.grad.any()
+        Dropped.apply(masked_loss(leaf := pred.detach().requires_grad_(), target, mask, backend=backend)).backward()
+        assert leaf.grad is None
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
