@@ -59,7 +59,7 @@ def _driver_version() -> int:
 
 @triton.jit
 def let_next_begin():
-    """The next kernel may be started from here on; what this one writes it sees behind its `wait_for_last`."""
+    """The next kernel may be started from here on. What this one writes, that one sees once its `wait_for_last` has returned."""
     tl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -21,7 +21,7 @@ import triton.language as tl
 from masked_loss_triton.backend.layout import Layout, ceil_div, common_divisor
 from masked_loss_triton.kernels import devices
 from masked_loss_triton.kernels.devices import Hardware, wait_for_last
-from masked_loss_triton.kernels.launches import FUSION, Launch, Launches
+from masked_loss_triton.kernels.launches import FUSION, Launches
 from masked_loss_triton.kernels.operands import (
     LossLaunch,
     Operand,
@@ -55,7 +55,7 @@ from masked_loss_triton.kernels.sums import (
     factors,
     write_loss,
 )
-from masked_loss_triton.kernels.upstream import Upstream, nothing_to_do
+from masked_loss_triton.kernels.upstream import ONE, Upstream, nothing_to_do
 from masked_loss_triton.kernels.weights import MaskWeights
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def launch_loss(
     config: MaskedLossConfig,
     launches: Launches,
     factors: torch.Tensor | None = None,
-    upstream: Upstream = Upstream(),  # noqa: B008
+    upstream: Upstream = ONE,
     *,
     gradient: torch.Tensor | None = None,
     stats: bool = False,
@@ -345,16 +345,3 @@ def launch_loss(
     )
     launches.add(loss_kernel[plan.grid](*arguments, **plan.options, **FUSION), plan.grid, arguments)
     return out
-
-
-def backward_of(launch: Launch, grad_output: torch.Tensor, written: object) -> Launch:
-    """The backward of a loss that a launch has written together with its gradient. No memory is needed but what the launch had."""
-
-    def changed(argument: object) -> object:
-        if isinstance(argument, Upstream):
-            return argument._replace(grad_output_ptr=grad_output, written=written)  # type: ignore[arg-type]
-        if isinstance(argument, Outputs):
-            return argument.of_backward()
-        return argument
-
-    return launch._replace(arguments=tuple(map(changed, launch.arguments)))

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 
-from masked_loss_triton.kernels.launches import Launches
+from masked_loss_triton.kernels.launches import Launch, Launches
+from masked_loss_triton.kernels.sums import Outputs
 
 if TYPE_CHECKING:
     from masked_loss_triton.config import MaskedLossConfig
@@ -48,6 +49,9 @@ class Upstream(NamedTuple):
         return cls(expected, last, expected, 0.0)
 
 
+ONE = Upstream()
+
+
 @functools.cache
 def _slots(device: torch.device) -> tuple[torch.Tensor, ...]:
     with _disable_current_modes():  # the first call may be one under a mode that fakes tensors
@@ -61,6 +65,19 @@ def last_grad_output(device: torch.device, config: MaskedLossConfig) -> torch.Te
     Two configs may share a place: what is foreseen decides about speed alone.
     """
     return _slots(device)[hash(config) % SLOTS]
+
+
+def backward_of(launch: Launch, grad_output: torch.Tensor, written: object) -> Launch:
+    """The backward of a loss that a launch has written together with its gradient. No memory is needed but what the launch had."""
+
+    def changed(argument: object) -> object:
+        if isinstance(argument, Upstream):
+            return argument._replace(grad_output_ptr=grad_output, written=written)  # type: ignore[arg-type]
+        if isinstance(argument, Outputs):
+            return argument.of_backward()
+        return argument
+
+    return launch._replace(arguments=tuple(map(changed, launch.arguments)))
 
 
 @triton.jit

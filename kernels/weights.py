@@ -44,7 +44,7 @@ from masked_loss_triton.kernels.sums import (
     SUM_W,
     lower,
 )
-from masked_loss_triton.kernels.upstream import Upstream
+from masked_loss_triton.kernels.upstream import ONE, Upstream
 
 if TYPE_CHECKING:
     from masked_loss_triton.call import LossInputs
@@ -325,7 +325,7 @@ def launch_weights(
     gates: Gates,
     config: MaskedLossConfig,
     launches: Launches,
-    upstream: Upstream = Upstream(),  # noqa: B008
+    upstream: Upstream = ONE,
     stats: bool = False,
 ) -> MaskWeights:
     """The sums of the weights, and the weights where the loss kernel cannot make them itself: one launch, two under a blur."""

@@ -26,8 +26,8 @@ from masked_loss_triton.call import describe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What the backward reads where grad_output is what the forward expected, before it returns. The emulator confirms it
-# (tests/bench/test_emulate.py).
+# What the backward reads where grad_output is what the forward expected, before it returns. That it touches nothing else is seen
+# on the emulator (tests/bench/test_emulate.py).
 _OF_BACKWARD = ("grad_output", "expected")
 
 

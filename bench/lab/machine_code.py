@@ -54,12 +54,20 @@ def analyse(kernel: Any, device: Device) -> MachineCode:
     return _amd(kernel, device)
 
 
+def disassembled(kernel: Any) -> str:
+    """The machine code of a kernel that was compiled for an NVIDIA device, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        return tool("nvdisasm", "-c", str(cubin))
+
+
 def _nvidia(kernel: Any, device: Device) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = tool("cuobjdump", "--dump-resource-usage", str(cubin)).split(f"Function {kernel.metadata.name}:")[-1]
-        listing = tool("nvdisasm", "-c", str(cubin))
+    listing = disassembled(kernel)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
     shared = max(used["SHARED"], kernel.metadata.shared)

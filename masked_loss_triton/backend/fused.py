@@ -23,13 +23,12 @@ from masked_loss_triton.config import MaskedLossConfig
 from masked_loss_triton.kernels.launches import Launches
 from masked_loss_triton.kernels.loss import launch_loss
 from masked_loss_triton.kernels.stages import Gates
-from masked_loss_triton.kernels.sums import STATS
-from masked_loss_triton.kernels.sums import Outputs as LossOutputs
-from masked_loss_triton.kernels.upstream import Upstream
+from masked_loss_triton.kernels.sums import STATS, Outputs
+from masked_loss_triton.kernels.upstream import ONE, Upstream
 from masked_loss_triton.kernels.weights import MaskWeights, launch_weights
 from masked_loss_triton.stats import MaskedLossStats
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, stats, gradient
+OperatorOutputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, stats, gradient; the last two may be empty
 
 
 def loss(
@@ -71,9 +70,8 @@ class FusedLoss(torch.autograd.Function):
         weights, upstream, out = run(
             inputs, factors, config, stats=stats, gradient=gradient, foresee=True, recording=inputs.recording
         )
-        # No saved tensors: the backward gives the gradient away, once; and a checkpoint would answer with what its second forward
-        # expects, by which this gradient was not multiplied.
-        # In a list, since compiled autograd gives the backward a copy of ctx.
+        # No saved tensors: a checkpoint would answer with what its second forward expects, by which this one did not multiply.
+        # In a list, so that the backward gives it away only once: compiled autograd hands it a copy of ctx.
         ctx.gradient, ctx.upstream = [gradient], upstream
         flat, given = _flat(inputs, factors), inputs.normalizer if factors is None else None
         ctx.numbers, ctx.given = flat[_SIZE:], given
@@ -183,7 +181,7 @@ class Launched(NamedTuple):
 
     weights: MaskWeights
     upstream: Upstream
-    out: LossOutputs
+    out: Outputs
 
 
 def run(
@@ -201,12 +199,12 @@ def run(
 
     Args:
         gradient: as pred, to be written; None: not asked for.
-        grad_output: what it is multiplied by, and the loss is not asked for. foresee: multiply it by what it was the last time.
+        grad_output: what the gradient is multiplied by. foresee: that is expected to be what it was the last time.
         recording: keeps the launches, if it has none yet.
     """
     gates, launches = Gates.of(inputs), Launches()
     with _on_device(inputs.pred):
-        upstream = Upstream.foreseen(config, inputs.pred.device, launches) if foresee else Upstream()
+        upstream = Upstream.foreseen(config, inputs.pred.device, launches) if foresee else ONE
         weights = launch_weights(inputs, gates, config, launches, upstream, stats)
         if grad_output is not None:
             upstream = Upstream(grad_output)
@@ -266,7 +264,7 @@ def _config(text: str) -> MaskedLossConfig:
     return MaskedLossConfig(**json.loads(text))
 
 
-def _forward(*arguments: Any) -> Outputs:
+def _forward(*arguments: Any) -> OperatorOutputs:
     *flat, text, stats, write_gradient = arguments
     gradient = torch.empty_like(flat[0]) if write_gradient else None
     out = run(*_call(*flat), _config(text), stats=stats, gradient=gradient).out
@@ -286,13 +284,13 @@ def _sums_operator(*arguments: Any) -> torch.Tensor:
     return _sums(_call(*flat)[0], _config(text))
 
 
-def _fake_forward(pred: torch.Tensor, *rest: Any) -> Outputs:
+def _fake_forward(pred: torch.Tensor, *rest: Any) -> OperatorOutputs:
     *_, stats, write_gradient = rest
     total, numbers = (pred.new_empty(size, dtype=torch.float32) for size in ((), STATS if stats else 0))
     return total, numbers, torch.empty_like(pred) if write_gradient else pred.new_empty(0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: OperatorOutputs) -> None:
     _, numbers, gradient = output
     *flat, text, _, ctx.wrote = inputs
     ctx.options = (*flat[_SIZE:], text)

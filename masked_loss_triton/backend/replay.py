@@ -64,12 +64,12 @@ class Replay:
         places |= {tensor.data_ptr(): str(tensor.data_ptr()) for tensor in kept}
         known: dict[str, object] = {}
 
-        def written(value: object) -> str:
-            """The expression for an argument."""
+        def expression(value: object) -> str:
+            """What stands for an argument in the function."""
             if isinstance(value, torch.Tensor):
                 return places[value.data_ptr()]
             if isinstance(value, tuple):
-                return "".join(("(", *(f"{written(x)}, " for x in value), ")"))
+                return "".join(("(", *(f"{expression(x)}, " for x in value), ")"))
             if value is None or type(value) in (bool, int):
                 return repr(value)
             for name, placeholder in values.items():
@@ -80,7 +80,7 @@ class Replay:
 
         lines = [f"def replay({', '.join(parameters)}):"]
         for start, arguments in map(_start, made):
-            lines.append(f"    {written(start)}({', '.join(map(written, arguments))})")
+            lines.append(f"    {expression(start)}({', '.join(map(expression, arguments))})")
         exec("\n".join(lines), known)
         self.replay: Callable[..., None] = known["replay"]  # type: ignore[assignment]
         # A kernel that is dropped takes its code off the device, and the address of a tensor that is dropped is another's.
@@ -145,7 +145,7 @@ class Recording:
         repeat: Callable[..., Any],
     ) -> None:
         """Keeps the launches of a call with these outputs, and that of its backward."""
-        from masked_loss_triton.kernels.loss import backward_of
+        from masked_loss_triton.kernels.upstream import backward_of
 
         tensors = [*call.tensors, out.loss_ptr, out.stats_ptr, gradient]
         places = [tensor.data_ptr() for tensor in tensors if tensor is not None and tensor.numel()]

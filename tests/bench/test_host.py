@@ -99,11 +99,11 @@ def launches(call, stats):
             return places.setdefault(leaf, f"scratch {len(places)}")
         return "None" if type(leaf).__name__ in ("LazyDict", "HookChain") else repr(leaf)  # for hooks, of which there is none
 
-    named = [list(map(name, launch)) for launch in seen]
+    launches = [list(map(name, launch)) for launch in seen]
     # The kernel is that of the loss, but the backward writes no loss: where it would, each way has its own place.
-    place = named[-1].index("grad_output") + len(Upstream._fields)
-    named[-1][place : place + len(Outputs._fields)] = [None] * len(Outputs._fields)
-    return named
+    place = launches[-1].index("grad_output") + len(Upstream._fields)
+    launches[-1][place : place + len(Outputs._fields)] = [None] * len(Outputs._fields)
+    return launches
 
 
 FEW = (

@@ -185,20 +185,17 @@ def test_sums_of_other_programs_are_read_past_the_first_cache_on_both_makers_dev
 
 # The loss kernel may begin before the weights kernel has ended: nothing may be read or written before it has waited.
 OVERLAP = """
-import pathlib, re, tempfile
+import re
 from bench.cases import build
 from bench.lab.launches import DEVICES, launches_of
-from bench.lab.machine_code import tool
+from bench.lab.machine_code import disassembled
 from bench.lab.variants import VARIANTS
 for target in ("sm_80", "sm_90", "sm_100", "sm_120"):
     device = DEVICES[target]
     for variant in ("main", "prior bf16", "stats", "pixels blur"):
         call = build(VARIANTS[variant], filled=False)
         for launch in launches_of(call, device.hardware, stats=VARIANTS[variant].stats, backward=False):
-            with tempfile.TemporaryDirectory() as folder:
-                cubin = pathlib.Path(folder, "kernel.cubin")
-                cubin.write_bytes(launch.compile(device.target).asm["cubin"])
-                words = re.findall(r"ACQBULK|PREEXIT|LDG|STG|ATOM|RED", tool("nvdisasm", "-c", str(cubin)))
+            words = re.findall(r"ACQBULK|PREEXIT|LDG|STG|ATOM|RED", disassembled(launch.compile(device.target)))
             overlaps = launch.options.get("launch_pdl", False)
             print(target, launch.name, overlaps, words.count("PREEXIT"), words[0], words.count("ACQBULK"))
 """
